@@ -1,0 +1,157 @@
+//! Double quantization (paper, section 3): the block scales, less their mean, in 8 bits, with one
+//! single-precision scale for every 256 of them. 0.127 bits a parameter in place of 0.5.
+
+use crate::layout::{NESTED_BLOCK_SIZE, check_length};
+use crate::{Codebook, Element as _, Result, blockwise};
+
+/// Scales that are summed as a unit: one warp's work on a GPU, four registers' on a CPU.
+const CHUNK: usize = 1024;
+/// Running sums side by side within a chunk.
+const LANES: usize = 32;
+
+/// The mean of a stream of scales, in an order of summation that does not depend on how the
+/// stream is cut, on threads or on the device.
+///
+/// Within a chunk of 1024 scales, lane `l` of 32 adds scales `l`, `l + 32`, `l + 64` … in double
+/// precision; the lanes are added in a binary tree (`l` and `l + 16`, then `l + 8`, …); the chunks
+/// are added in order. The sum over the count is rounded once to single precision.
+#[derive(Debug, Clone)]
+pub struct MeanAccumulator {
+    lanes: [f64; LANES],
+    /// Scales in the chunk under way.
+    filled: usize,
+    sum: f64,
+    count: u64,
+}
+
+impl Default for MeanAccumulator {
+    fn default() -> Self {
+        Self {
+            lanes: [0.0; LANES],
+            filled: 0,
+            sum: 0.0,
+            count: 0,
+        }
+    }
+}
+
+impl MeanAccumulator {
+    /// Adds the next scales of the stream.
+    pub fn add(&mut self, mut scales: &[f32]) {
+        self.count += scales.len() as u64;
+        while !scales.is_empty() {
+            let (now, later) = scales.split_at(scales.len().min(CHUNK - self.filled));
+            for &scale in now {
+                self.lanes[self.filled % LANES] += f64::from(scale);
+                self.filled += 1;
+            }
+            if self.filled == CHUNK {
+                self.sum += fold(self.lanes);
+                self.lanes = [0.0; LANES];
+                self.filled = 0;
+            }
+            scales = later;
+        }
+    }
+
+    /// The mean of what was added; 0 for nothing.
+    #[must_use]
+    // Rounding to single precision is what the format asks for; counts below 2^53 are exact.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
+    pub fn mean(&self) -> f32 {
+        if self.count == 0 {
+            return 0.0;
+        }
+        ((self.sum + fold(self.lanes)) / self.count as f64) as f32
+    }
+}
+
+fn fold(mut lanes: [f64; LANES]) -> f64 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Quantizes `absmax` to 8-bit `codes` with one scale in `nested_absmax` for 256 of them, and
+/// returns the offset: their mean.
+///
+/// # Errors
+/// [`crate::Error::Length`] for buffers of another size; [`crate::Error::NonFinite`] for a scale
+/// that is not finite.
+pub fn quantize(absmax: &[f32], codes: &mut [u8], nested_absmax: &mut [f32]) -> Result<f32> {
+    let mut mean = MeanAccumulator::default();
+    mean.add(absmax);
+    quantize_with_offset(absmax, mean.mean(), codes, nested_absmax)?;
+    Ok(mean.mean())
+}
+
+/// [`quantize`] for a part of a stream whose mean is known. All parts but the last hold a
+/// multiple of 256 scales.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn quantize_with_offset(
+    absmax: &[f32],
+    offset: f32,
+    codes: &mut [u8],
+    nested_absmax: &mut [f32],
+) -> Result<()> {
+    let shifted: Vec<f32> = absmax.iter().map(|scale| scale - offset).collect();
+    blockwise::quantize(
+        &shifted,
+        Codebook::dynamic_signed(),
+        NESTED_BLOCK_SIZE,
+        codes,
+        nested_absmax,
+    )
+}
+
+/// The scales again: `map[code] * nested_absmax + offset`, each operation rounded to single
+/// precision.
+///
+/// # Errors
+/// [`crate::Error::Length`] for buffers of another size.
+pub fn dequantize(
+    codes: &[u8],
+    nested_absmax: &[f32],
+    offset: f32,
+    absmax: &mut [f32],
+) -> Result<()> {
+    check_length("codes", absmax.len() as u64, codes.len())?;
+    blockwise::dequantize(
+        codes,
+        nested_absmax,
+        Codebook::dynamic_signed(),
+        NESTED_BLOCK_SIZE,
+        absmax,
+    )?;
+    for scale in absmax {
+        *scale = scale.to_f32() + offset;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mean_does_not_depend_on_how_the_stream_is_cut() {
+        let scales: Vec<f32> = (0..5000_u16).map(|i| 1.0 / (1.0 + f32::from(i))).collect();
+        let mut whole = MeanAccumulator::default();
+        whole.add(&scales);
+        for cut in [1, 31, 255, 1024, 4999] {
+            let mut parts = MeanAccumulator::default();
+            scales.chunks(cut).for_each(|part| parts.add(part));
+            assert_eq!(parts.mean().to_bits(), whole.mean().to_bits(), "cut {cut}");
+        }
+        let exact = scales.iter().map(|&s| f64::from(s)).sum::<f64>() / 5000.0;
+        assert!((f64::from(whole.mean()) - exact).abs() <= exact * f64::from(f32::EPSILON));
+        assert_eq!(MeanAccumulator::default().mean(), 0.0);
+    }
+}

@@ -1,0 +1,147 @@
+//! The one error type of the crate.
+//!
+//! Variants hold values (what was expected, what came, where), never formatted sentences, so
+//! that a caller can act on them. Context is added from the inside out with
+//! [`Error::in_tensor`] and [`Error::in_file`].
+
+use std::path::{Path, PathBuf};
+
+/// What every fallible function of the crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The input of a quantization holds NaN or an infinity.
+    #[error("element {index} is {value}, and only finite numbers can be quantized")]
+    NonFinite {
+        /// Flat row-major index of the first such element.
+        index: u64,
+        /// The element itself.
+        value: f32,
+    },
+
+    /// A block size outside the format.
+    #[error("block size {got} is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096")]
+    BlockSize {
+        /// The block size asked for.
+        got: u64,
+    },
+
+    /// A codebook that cannot be used.
+    #[error("codebook {name:?}: {problem}")]
+    Codebook {
+        /// Name of the codebook.
+        name: String,
+        /// What is wrong with it.
+        problem: CodebookProblem,
+    },
+
+    /// A buffer that does not have the size its contents need.
+    #[error("{what} has {got} elements where the layout needs {expected}")]
+    Length {
+        /// Which buffer.
+        what: &'static str,
+        /// Its size by the layout.
+        expected: u64,
+        /// Its size in fact.
+        got: u64,
+    },
+
+    /// Sizes whose product does not fit in 64 bits.
+    #[error("a shape of {shape:?} has more elements than 64 bits can count")]
+    Overflow {
+        /// The shape at hand.
+        shape: Vec<u64>,
+    },
+
+    /// A SIMD backend that is unknown or that this processor cannot run.
+    #[error("SIMD backend {name:?} cannot run here; available: {available:?}")]
+    Backend {
+        /// The backend asked for.
+        name: String,
+        /// Those that can be used.
+        available: Vec<&'static str>,
+    },
+
+    /// Another error, in a named tensor.
+    #[error("tensor {name:?}: {source}")]
+    Tensor {
+        /// The tensor's name.
+        name: String,
+        /// What happened there.
+        source: Box<Error>,
+    },
+
+    /// Another error, in a file.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What happened there.
+        source: Box<Error>,
+    },
+
+    /// The operating system refused a read, a write or another file operation.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// What can be wrong with a codebook.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CodebookProblem {
+    /// The name is not a built-in one.
+    #[error("unknown name; use \"nf4\", \"fp4\", \"int4\" or a map of index to value")]
+    UnknownName,
+    /// Fewer than two or more than 256 entries.
+    #[error("it has {0} entries where 2 to 256 are possible")]
+    EntryCount(usize),
+    /// An index that 8 bits cannot hold.
+    #[error("index {0} does not fit in 8 bits")]
+    Index(u64),
+    /// A value outside [-1, 1], or not a number.
+    #[error("value {value} at index {index} is not a number from -1 to 1")]
+    Value {
+        /// Where.
+        index: u64,
+        /// What.
+        value: f32,
+    },
+    /// An index that stands twice.
+    #[error("index {0} stands twice")]
+    DuplicateIndex(u64),
+    /// All values are the same.
+    #[error("it holds a single distinct value")]
+    SingleValue,
+}
+
+impl Error {
+    /// The same error, with the name of the tensor it happened in.
+    #[must_use]
+    pub fn in_tensor(self, name: impl Into<String>) -> Self {
+        Self::Tensor {
+            name: name.into(),
+            source: Box::new(self),
+        }
+    }
+
+    /// The same error, with the file it happened in.
+    #[must_use]
+    pub fn in_file(self, path: impl AsRef<Path>) -> Self {
+        Self::File {
+            path: path.as_ref().to_path_buf(),
+            source: Box::new(self),
+        }
+    }
+
+    /// The error itself, without the tensor and file context around it.
+    #[must_use]
+    pub fn root(&self) -> &Self {
+        match self {
+            Self::Tensor { source, .. } | Self::File { source, .. } => source.root(),
+            other => other,
+        }
+    }
+}

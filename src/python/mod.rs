@@ -1,0 +1,29 @@
+//! The extension module `fourbit._core`: the only folder that knows Python.
+//!
+//! Every function does four things: extract the arguments, release the GIL, call the core,
+//! convert the result. Tensors come in as torch objects, see [`tensor`].
+
+mod errors;
+mod quantize;
+mod tensor;
+mod threads;
+
+use pyo3::prelude::*;
+
+/// The Rust core of fourbit. Private: use the `fourbit` package.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::errors::{CheckpointError, NonFiniteError};
+    #[pymodule_export]
+    use super::quantize::{
+        Codebook, dequantize, dequantize_absmax, quantize, quantize_absmax, simd_backends,
+    };
+
+    use super::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}
