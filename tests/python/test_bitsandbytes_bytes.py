@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from tensors import BLOCK_SIZES, DTYPES, KINDS, SHAPES, make
 
 import fourbit
 from fourbit import ops, reference
+from tensors import BLOCK_SIZES, DTYPES, KINDS, SHAPES, make
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -113,9 +113,7 @@ def test_the_dynamic_maps_are_the_ones_in_existing_files():
 def test_their_double_quantization_decodes_to_their_scales(generator):
     """We read what they wrote, although we would have written 0.2% of the codes better."""
     x = torch.randn(513, 640, generator=generator) * 0.05
-    packed, state = functional.quantize_4bit(
-        x, blocksize=64, quant_type="nf4", compress_statistics=True
-    )
+    _, state = functional.quantize_4bit(x, blocksize=64, quant_type="nf4", compress_statistics=True)
     theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     ours = ops.dequantize_absmax(
         state.absmax, ops.float_bytes(state.state2.absmax), ops.float_bytes(state.offset.view(1))

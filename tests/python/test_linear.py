@@ -199,4 +199,4 @@ def test_operators_do_not_write_their_inputs():
     parts = [part.clone() for part in (q.packed, q.absmax, q.nested_absmax, q.nested_offset)]
     ops.linear(torch.randn(2, 40), None, *parts, "nf4", 64, 24, 40)
     originals = (q.packed, q.absmax, q.nested_absmax, q.nested_offset)
-    assert all(torch.equal(a, b) for a, b in zip(parts, originals))
+    assert all(torch.equal(a, b) for a, b in zip(parts, originals, strict=True))

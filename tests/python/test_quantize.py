@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tensors import BLOCK_SIZES, DTYPES, KINDS, SHAPES, make
 
 import fourbit
 from fourbit import _core, ops, reference
+from tensors import BLOCK_SIZES, DTYPES, KINDS, SHAPES, make
 
 CODEBOOKS = {
     **reference.CODEBOOKS,
@@ -94,7 +94,9 @@ def test_every_backend_and_thread_count_gives_the_same_bytes(name, generator):
             _core.dequantize(packed, absmax, book, 64, output, threads=threads, backend=backend)
             results.append((packed, absmax, output))
     assert all(
-        torch.equal(got, first) for result in results for got, first in zip(result, results[0])
+        torch.equal(got, first)
+        for result in results
+        for got, first in zip(result, results[0], strict=True)
     )
 
 
