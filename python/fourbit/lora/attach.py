@@ -210,6 +210,8 @@ def install(
         state.saved[path] = model.get_submodule(path)
         set_submodule(model, path, twin.requires_grad_(trainable))
     for layer in layers.values():
+        # Dropout must not act in a model that is evaluated, whatever its layers' own flags say.
+        layer.train(model.training)
         layer.base_layer.requires_grad_(False)
         for part in adapter_parameters(layer):
             part.requires_grad_(trainable)

@@ -71,7 +71,8 @@ def save_adapter(
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(model, "name_or_path", None) or None
     causal = type(model).__name__.endswith("ForCausalLM")
-    fields = state.config.to_peft(
+    # Whole paths: PEFT takes a name for the end of any other, "norm" for that of "input_layernorm".
+    fields = replace(state.config, modules_to_save=tuple(state.saved)).to_peft(
         base_model_name_or_path=base_model_name_or_path,
         task_type="CAUSAL_LM" if causal else None,
     )
@@ -309,11 +310,12 @@ def _check_targets(
     model: nn.Module, rule: TargetRule, contents: _Contents, path: Path
 ) -> dict[str, nn.Linear]:
     linear = linear_layers(model)
-    for name, parts in contents.layers.items():
+    for name in contents.layers:
         if name not in linear:
             raise CheckpointError(
                 f"{path}: the model has no linear layer {name}: an adapter for another base"
             )
+    for name, parts in contents.layers.items():
         for part in ("lora_A.weight", "lora_B.weight"):
             if part not in parts:
                 raise CheckpointError(f"{path}: the tensor {_PREFIX}{name}.{part} is missing")
