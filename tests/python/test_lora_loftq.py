@@ -187,7 +187,7 @@ def test_nan_in_a_dense_weight() -> None:
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 3] = float("nan")
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         add_lora(model, r=4, init_lora_weights="loftq")
     assert not lora_modules(model)
 

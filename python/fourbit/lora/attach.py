@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fourbit._core import NonFiniteError
 from fourbit.linear import Linear4bit
 from fourbit.lora import loftq
 from fourbit.lora.config import AdapterConfig, TargetRule, named
@@ -380,13 +381,16 @@ def _loftq_starts(
         if base is not None and source is not None:
             weight = source.weight(path).to(weight.device)
             loftq.check_same_weights(weight, base, path)
-        starts[path] = loftq.loftq(
-            weight,
-            r=config.rank(path),
-            scaling=config.scaling(path),
-            iterations=iterations,
-            base=base,
-        )
+        try:
+            starts[path] = loftq.loftq(
+                weight,
+                r=config.rank(path),
+                scaling=config.scaling(path),
+                iterations=iterations,
+                base=base,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}.weight: {error}") from None
     return starts
 
 

@@ -289,9 +289,10 @@ def _owner(name: str, modules: Mapping[str, nn.Module], config: AdapterConfig) -
     """
     parts = name.split(".")
     owners = [".".join(parts[:count]) for count in range(1, len(parts))]
-    known = [owner for owner in owners if owner in modules]
-    listed = [owner for owner in known if named(config.modules_to_save, owner)]
-    return listed[0] if listed else (owners[-1] if owners[-1:] == known[-1:] else None)
+    for owner in owners:
+        if owner in modules and named(config.modules_to_save, owner):
+            return owner
+    return owners[-1] if owners and owners[-1] in modules else None
 
 
 def _check_same_base(key: str, tensor: Tensor, layer: nn.Module | None, path: Path) -> None:
@@ -380,6 +381,11 @@ def _check_saved(
     except ValueError as error:
         raise CheckpointError(f"{path.with_name(CONFIG_NAME)}: {error}") from None
     for owner, module in modules.items():
+        for layer in contents.layers:
+            if f"{layer}.".startswith(f"{owner}."):
+                raise CheckpointError(
+                    f"{path}: {layer} has an adapter, and {owner} is also there as a whole"
+                )
         tensors, expected = contents.saved.get(owner, {}), module.state_dict()
         for name in (*expected, *tensors):
             key = f"{_PREFIX}{owner}.{name}"
