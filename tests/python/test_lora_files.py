@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from fourbit import CheckpointError, NonFiniteError
 from fourbit.lora import add_lora, load_adapter, lora_modules, merge, remove_lora, save_adapter
@@ -237,6 +238,27 @@ def test_adapters_of_transformers_itself(tmp_path: Path) -> None:
     randomise(theirs)
     theirs.eval().save_pretrained(tmp_path)
     assert relative(logits(load_adapter(llama(), tmp_path)), logits(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_shards_of_fsdp2_are_put_together(tmp_path: Path, use_dora: bool) -> None:
+    model = adapted(quantized=True, use_dora=use_dora)
+    wanted = logits(model)
+    save_adapter(model, tmp_path / "a")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        assert torch.equal(logits(model), wanted)
+        layer = lora_modules(model)["model.layers.0.mlp.up_proj"]
+        model.model.layers[0].reshard()
+        assert hasattr(layer.lora_A.weight, "full_tensor")
+        save_adapter(model, tmp_path / "b")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
 def test_sixteen_bit_adapters_are_kept_in_float32(tmp_path: Path) -> None:

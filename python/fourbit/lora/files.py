@@ -155,7 +155,7 @@ def _replace_files(folder: Path, weights: bytes, config: bytes) -> None:
     try:
         asides.append(_write_aside(folder / WEIGHTS_NAME, weights))
         old_config = folder / CONFIG_NAME
-        if not (old_config.is_file() and old_config.read_bytes() == config):
+        if not _holds(old_config, config):
             asides.append(_write_aside(old_config, config))
             # New weights under the old config would load as something that nobody trained.
             old_config.unlink(missing_ok=True)
@@ -166,6 +166,13 @@ def _replace_files(folder: Path, weights: bytes, config: bytes) -> None:
     finally:
         for aside in asides:
             aside.unlink(missing_ok=True)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except FileNotFoundError:
+        return False
 
 
 def _write_aside(path: Path, data: bytes) -> Path:
