@@ -342,7 +342,9 @@ class PagedAdamW(torch.optim.Optimizer):
                     states[param] = state_of.restored_state(param, saved, bits, name)
         strangers = [key for key in other if isinstance(key, int)]
         if strangers:
-            raise ValueError(f"the state dict has state of a parameter {strangers[0]} it lacks")
+            raise ValueError(
+                f"the state dict holds state of parameter {strangers[0]}, which no group names"
+            )
         return groups, other
 
 
