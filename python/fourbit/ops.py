@@ -362,7 +362,7 @@ class _Linear(torch.autograd.Function):
                 gradient, *ctx.saved_tensors, *ctx.layout
             )
         if ctx.needs_input_grad[1]:
-            grad_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, *([None] * 8)
 
 

@@ -203,7 +203,8 @@ def dora_weight(
     """``m (W + s B A) / ‖W + s B A‖`` with row norms, in float64 (arXiv 2402.09353)."""
     merged = weight.double() + scaling * lora_B.double() @ lora_A.double()
     norms = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
-    return magnitude.double()[:, None] * merged / norms
+    weights: Tensor = magnitude.double()[:, None] * merged / norms
+    return weights
 
 
 def adamw(
