@@ -9,11 +9,13 @@ The modules, in the order in which data flows through them:
 ``checkpoint``      `convert`, `verify`, `inspect`: folders, without a model
 ``linear``          `Linear4bit`
 ``lora``            adapters: `add_lora`, `save_adapter`, `load_adapter`, `merge`, `unmerge`
-``model_io``        `quantize_model`, `save`, `load`, `export_merged`: models and folders
+``model``           `quantize_model`
+``model_io``        `save`, `load`: models and folders
 ``integrations``    `from_pretrained`
 ``training``        `prepare_for_training`
 ``optim``           `PagedAdamW`
 ``finetune``        a training run on TRL
+``export``          `export_merged`: back to 16 bits
 ``reference``       the slow twin of every operator, for tests
 ==================  ==============================================================================
 """
@@ -21,6 +23,7 @@ The modules, in the order in which data flows through them:
 from fourbit._core import CheckpointError, NonFiniteError, __version__
 from fourbit.checkpoint import convert, inspect, verify
 from fourbit.codebook import Codebook
+from fourbit.export import export_merged
 from fourbit.integrations.transformers import from_pretrained
 from fourbit.linear import Linear4bit
 from fourbit.lora import (
@@ -31,7 +34,8 @@ from fourbit.lora import (
     save_adapter,
     unmerge,
 )
-from fourbit.model_io import export_merged, load, quantize_model, save
+from fourbit.model import quantize_model
+from fourbit.model_io import load, save
 from fourbit.optim import PagedAdamW
 from fourbit.quantized import QuantizedTensor, dequantize, quantize
 from fourbit.training import prepare_for_training

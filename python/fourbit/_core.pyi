@@ -58,6 +58,7 @@ def quantize_absmax(
 def dequantize_absmax(
     codes: Tensor, nested_absmax: Tensor, offset: float, absmax: Tensor, *, threads: int
 ) -> None: ...
+
 class _TensorReport(TypedDict):
     name: str
     action: str
