@@ -340,7 +340,10 @@ def _check_names(
                 f"{name} is {entry['shape']}, "
                 f"and the layer {[layer.out_features, layer.in_features]}"
             )
-        packed.update(f"{path}.{leaf}" for leaf in layer.state_dict() if leaf != "bias")
+        for leaf, tensor in layer.state_dict(keep_vars=True).items():
+            if leaf != "bias":
+                packed.add(f"{path}.{leaf}")
+                filled.add(id(tensor))
     for name, entry in plain.items():
         if name not in state:
             raise refuse(f"the model has no tensor {name}")
@@ -351,9 +354,8 @@ def _check_names(
         if entry["dtype"] not in _TORCH_DTYPES:
             raise refuse(f"{name} is {entry['dtype']}, which torch has no type for")
         filled.add(id(state[name]))
-    missing = [
-        name for name, tensor in state.items() if name not in packed and id(tensor) not in filled
-    ]
+    # By identity: a tied or shared tensor is filled under any of its names.
+    missing = [name for name, tensor in state.items() if id(tensor) not in filled]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise refuse(f"it has no tensor {missing[0]}{more}")
