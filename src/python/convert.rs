@@ -141,5 +141,6 @@ pub(super) fn kept_module(name: &str) -> Option<&'static str> {
 /// The names of the small files of a folder that a copy of its model needs, without `config.json`.
 #[pyfunction]
 pub(super) fn small_files(py: Python<'_>, folder: PathBuf) -> PyResult<Vec<String>> {
-    py.detach(|| core::small_files(&folder)).map_err(|error| to_python(&error))
+    py.detach(|| core::small_files(&folder))
+        .map_err(|error| to_python(&error))
 }
