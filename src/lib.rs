@@ -14,6 +14,7 @@
 //! | [`layout`] | every size in bytes and blocks, overflow-checked |
 //! | [`blockwise`] | absmax block quantization and its inverse |
 //! | [`double_quant`] | the block scales themselves in 8 bits, and back |
+//! | [`optimizer`] | AdamW on the CPU, its state in 32 bits or blockwise in 8 |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -23,6 +24,7 @@ pub mod double_quant;
 pub mod element;
 pub mod error;
 pub mod layout;
+pub mod optimizer;
 
 #[cfg(feature = "python")]
 mod python;

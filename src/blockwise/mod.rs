@@ -1,15 +1,39 @@
 //! Blockwise absmax quantization: every block of a flattened tensor has one scale, and every
 //! element the code of the nearest codebook value of `x / scale`.
 //!
-//! [`scalar`] is the specification. The SIMD twins give the same bytes, on any number of threads:
+//! `scalar` is the specification. The SIMD twins give the same bytes, on any number of threads:
 //! blocks do not depend on each other. Work runs on the current rayon pool.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `scalar` | the specification |
+//! | `generic` | the same, 32 elements at a time, over the trait in `vector` |
+//! | `avx2`, `avx512`, `neon` | that trait, and the code instantiated with it |
+//! | `search` | a codebook made ready for it |
+//! | `backend` | which of them runs |
 //!
 //! Codes are packed high bits first: the first of two 4-bit codes is in the high nibble.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod backend;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod generic;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
+mod search;
+mod task;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod vector;
 
 use rayon::prelude::*;
 
+pub use self::backend::Backend;
+pub(crate) use self::backend::Kind;
+use self::search::Search;
 use crate::layout::{Layout, check_length};
 use crate::{BlockSize, Codebook, Element, Error, Result};
 
@@ -17,53 +41,8 @@ use crate::{BlockSize, Codebook, Element, Error, Result};
 /// to stay in its share of the cache. A multiple of every block size.
 const TASK_ELEMENTS: usize = 1 << 16;
 
-/// The instruction set that does the work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Backend {
-    /// Plain Rust: the specification.
-    Scalar,
-}
-
-impl Backend {
-    /// Every backend this processor can run, the fastest last.
-    #[must_use]
-    pub fn available() -> Vec<Self> {
-        vec![Self::Scalar]
-    }
-
-    /// The fastest backend of this processor, or the one that the environment variable
-    /// `FOURBIT_SIMD` names.
-    ///
-    /// # Errors
-    /// [`Error::Backend`] where the variable names one that cannot run here.
-    pub fn detect() -> Result<Self> {
-        Ok(Self::Scalar)
-    }
-
-    /// The backend of that name.
-    ///
-    /// # Errors
-    /// [`Error::Backend`] where there is none, or this processor cannot run it.
-    pub fn by_name(name: &str) -> Result<Self> {
-        let available = Self::available();
-        available
-            .iter()
-            .copied()
-            .find(|backend| backend.name() == name)
-            .ok_or_else(|| Error::Backend {
-                name: name.to_owned(),
-                available: available.iter().map(|backend| backend.name()).collect(),
-            })
-    }
-
-    /// `scalar`, `avx2`, `avx512` or `neon`.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-        }
-    }
-}
+/// Outputs from this size on are written past the cache: they would not stay in it.
+const STREAM_BYTES: usize = 32 << 20;
 
 /// Quantizes `input` into `packed` codes and one scale a block, with the backend that
 /// [`Backend::detect`] finds.
@@ -106,6 +85,7 @@ pub fn quantize_with<T: Element>(
     let layout = Layout::new(input.len() as u64, block_size, codebook.code_bits());
     check_length("packed", layout.packed_bytes, packed.len())?;
     check_length("absmax", layout.blocks, absmax.len())?;
+    let search = Search::new(codebook);
     let codes_per_byte = 8 / codebook.code_bits() as usize;
     let bad = input
         .par_chunks(TASK_ELEMENTS)
@@ -113,11 +93,9 @@ pub fn quantize_with<T: Element>(
         .zip(absmax.par_chunks_mut(TASK_ELEMENTS / block_size.get()))
         .enumerate()
         .filter_map(|(task, ((input, packed), absmax))| {
-            let first_bad = match backend {
-                Backend::Scalar => {
-                    scalar::quantize_blocks(input, codebook, block_size, packed, absmax)
-                }
-            };
+            let first_bad = task::quantize_blocks(
+                backend, input, codebook, &search, block_size, packed, absmax,
+            );
             first_bad.map(|index| (task * TASK_ELEMENTS + index, input[index].to_f32()))
         })
         .min_by_key(|&(index, _)| index);
@@ -169,14 +147,69 @@ pub fn dequantize_with<T: Element>(
     check_length("packed", layout.packed_bytes, packed.len())?;
     check_length("absmax", layout.blocks, absmax.len())?;
     let codes_per_byte = 8 / codebook.code_bits() as usize;
+    let stream = size_of_val(output) >= STREAM_BYTES;
     output
         .par_chunks_mut(TASK_ELEMENTS)
         .zip(packed.par_chunks(TASK_ELEMENTS / codes_per_byte))
         .zip(absmax.par_chunks(TASK_ELEMENTS / block_size.get()))
-        .for_each(|((output, packed), absmax)| match backend {
-            Backend::Scalar => {
-                scalar::dequantize_blocks(packed, absmax, codebook, block_size, output);
-            }
+        .for_each(|((output, packed), absmax)| {
+            task::dequantize_blocks(
+                backend, packed, absmax, codebook, block_size, output, stream,
+            );
         });
     Ok(())
+}
+
+/// A codebook and a backend at hand for many small calls, on the caller's thread.
+pub(crate) struct Coder<'a> {
+    backend: Backend,
+    codebook: &'a Codebook,
+    search: Search,
+    block_size: BlockSize,
+}
+
+impl<'a> Coder<'a> {
+    /// For codes of 8 bits.
+    pub(crate) fn new(backend: Backend, codebook: &'a Codebook, block_size: BlockSize) -> Self {
+        let search = Search::new(codebook);
+        Self {
+            backend,
+            codebook,
+            search,
+            block_size,
+        }
+    }
+
+    /// As [`dequantize`], lengths unchecked: the shortest of the slices decides.
+    pub(crate) fn decode(&self, codes: &[u8], absmax: &[f32], output: &mut [f32]) {
+        task::dequantize_blocks(
+            self.backend,
+            codes,
+            absmax,
+            self.codebook,
+            self.block_size,
+            output,
+            false,
+        );
+    }
+
+    /// As [`quantize`], lengths unchecked; whether all of `input` was finite.
+    pub(crate) fn encode(&self, input: &[f32], codes: &mut [u8], absmax: &mut [f32]) -> bool {
+        task::quantize_blocks(
+            self.backend,
+            input,
+            self.codebook,
+            &self.search,
+            self.block_size,
+            codes,
+            absmax,
+        )
+        .is_none()
+    }
+}
+
+/// Converts every element: exactly to a wider type, rounded to nearest even to a narrower one.
+/// Both slices are of one length.
+pub(crate) fn convert<S: Element, D: Element>(backend: Backend, source: &[S], target: &mut [D]) {
+    task::convert(backend, source, target);
 }

@@ -33,6 +33,7 @@ pub(super) fn quantize_blocks<T: Element>(
 }
 
 /// The largest magnitude of a block, or the index of its first element that is not finite.
+#[inline(never)]
 pub(super) fn block_absmax<T: Element>(block: &[T]) -> Result<f32, usize> {
     let mut absmax = 0.0_f32;
     for (index, element) in block.iter().enumerate() {
@@ -46,6 +47,7 @@ pub(super) fn block_absmax<T: Element>(block: &[T]) -> Result<f32, usize> {
 }
 
 /// Encodes and packs one block, given its scale.
+#[inline(never)]
 pub(super) fn encode_block<T: Element>(
     block: &[T],
     scale: f32,
@@ -90,21 +92,40 @@ pub(super) fn dequantize_blocks<T: Element>(
     block_size: BlockSize,
     output: &mut [T],
 ) {
-    let bits = codebook.code_bits();
-    let codes_per_byte = 8 / bits as usize;
-    let values = codebook.values();
-    let mask = u8::MAX >> (8 - bits);
+    let codes_per_byte = 8 / codebook.code_bits() as usize;
     let blocks = output
         .chunks_mut(block_size.get())
         .zip(packed.chunks(block_size.get() / codes_per_byte))
         .zip(absmax);
     for ((block, packed), &scale) in blocks {
-        for (elements, &byte) in block.chunks_mut(codes_per_byte).zip(packed) {
-            for (position, element) in elements.iter_mut().enumerate() {
-                let shift = 8 - bits * (position as u32 + 1);
-                let code = (byte >> shift) & mask;
-                *element = T::from_f32(values[usize::from(code)] * scale);
-            }
+        dequantize_block(packed, scale, codebook, block);
+    }
+}
+
+/// Decodes one block.
+#[inline(never)]
+pub(super) fn dequantize_block<T: Element>(
+    packed: &[u8],
+    scale: f32,
+    codebook: &Codebook,
+    output: &mut [T],
+) {
+    let bits = codebook.code_bits();
+    let codes_per_byte = 8 / bits as usize;
+    let values = codebook.values();
+    let mask = u8::MAX >> (8 - bits);
+    for (elements, &byte) in output.chunks_mut(codes_per_byte).zip(packed) {
+        for (position, element) in elements.iter_mut().enumerate() {
+            let shift = 8 - bits * (position as u32 + 1);
+            let code = (byte >> shift) & mask;
+            *element = T::from_f32(values[usize::from(code)] * scale);
         }
+    }
+}
+
+/// Converts every element: exactly to a wider type, rounded to nearest even to a narrower one.
+pub(super) fn convert<S: Element, D: Element>(source: &[S], target: &mut [D]) {
+    for (source, target) in source.iter().zip(target) {
+        *target = D::from_f32(source.to_f32());
     }
 }

@@ -4,6 +4,7 @@
 //! convert the result. Tensors come in as torch objects, see [`tensor`].
 
 mod errors;
+mod optimizer;
 mod quantize;
 mod tensor;
 mod threads;
@@ -15,6 +16,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::errors::{CheckpointError, NonFiniteError};
+    #[pymodule_export]
+    use super::optimizer::{adamw8_step, adamw32_step};
     #[pymodule_export]
     use super::quantize::{
         Codebook, dequantize, dequantize_absmax, quantize, quantize_absmax, simd_backends,

@@ -1,0 +1,265 @@
+//! The SIMD twins of [`super::scalar`], written once over [`Vector`].
+//!
+//! What does not fill a group of 32, and blocks whose scale must be lifted, go to the scalar code.
+//!
+//! # Safety
+//! For every function: the processor must have the features of `V`.
+#![allow(unsafe_code)]
+
+use half::{bf16, f16};
+
+use super::scalar;
+use super::search::Search;
+use super::vector::{Vector, map_2};
+use crate::element::Dtype;
+use crate::{BlockSize, Codebook, Element};
+
+/// As [`scalar::quantize_blocks`].
+#[inline(always)]
+pub(super) unsafe fn quantize_blocks<V: Vector, T: Element>(
+    input: &[T],
+    codebook: &Codebook,
+    search: &Search,
+    block_size: BlockSize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> Option<usize> {
+    // SAFETY: the caller answers for the features of `V`.
+    unsafe {
+        match codebook.code_bits() {
+            2 => quantize::<V, T, 2>(input, codebook, search, block_size, packed, absmax),
+            4 => quantize::<V, T, 4>(input, codebook, search, block_size, packed, absmax),
+            _ => quantize::<V, T, 8>(input, codebook, search, block_size, packed, absmax),
+        }
+    }
+}
+
+/// [`quantize_blocks`] for one width of code, so that each loop has the registers to itself.
+#[inline(always)]
+unsafe fn quantize<V: Vector, T: Element, const BITS: usize>(
+    input: &[T],
+    codebook: &Codebook,
+    search: &Search,
+    block_size: BlockSize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> Option<usize> {
+    let blocks = input
+        .chunks(block_size.get())
+        .zip(packed.chunks_mut(block_size.get() * BITS / 8))
+        .zip(absmax);
+    for (block_index, ((block, packed), absmax)) in blocks.enumerate() {
+        // SAFETY: the caller answers for the features of `V`.
+        unsafe {
+            match block_absmax::<V, T>(block) {
+                Some(scale) => *absmax = scale,
+                None => {
+                    let index = scalar::block_absmax(block).err()?;
+                    return Some(block_index * block_size.get() + index);
+                }
+            }
+            encode_block::<V, T, BITS>(block, *absmax, codebook, search, packed);
+        }
+    }
+    None
+}
+
+/// The largest magnitude of a block; `None` where one is not finite.
+#[inline(always)]
+unsafe fn block_absmax<V: Vector, T: Element>(block: &[T]) -> Option<f32> {
+    let groups = block.chunks_exact(V::GROUP);
+    let mut rest = 0.0;
+    if !groups.remainder().is_empty() {
+        rest = scalar::block_absmax(groups.remainder()).ok()?;
+    }
+    // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths of what
+    // the pointers point to.
+    let bits = unsafe {
+        let mut magnitudes = V::no_magnitudes();
+        for group in groups {
+            magnitudes = V::larger(magnitudes, group.as_ptr());
+        }
+        V::largest::<T>(magnitudes)
+    };
+    let largest = match T::DTYPE {
+        Dtype::F32 => f32::from_bits(bits),
+        // The upper half of the bits is zero.
+        Dtype::F16 => f16::from_bits(bits as u16).to_f32(),
+        Dtype::Bf16 => bf16::from_bits(bits as u16).to_f32(),
+    };
+    largest.is_finite().then(|| largest.max(rest))
+}
+
+/// As [`scalar::encode_block`].
+#[inline(always)]
+unsafe fn encode_block<V: Vector, T: Element, const BITS: usize>(
+    block: &[T],
+    scale: f32,
+    codebook: &Codebook,
+    search: &Search,
+    packed: &mut [u8],
+) {
+    let (lift, inverse) = scalar::normaliser(scale);
+    if lift != 1.0 {
+        return scalar::encode_block(block, scale, codebook, packed);
+    }
+    let groups = block.chunks_exact(V::GROUP);
+    let rest = groups.remainder();
+    let (packed, rest_packed) = packed.split_at_mut(groups.len() * V::GROUP * BITS / 8);
+    // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths of what
+    // the pointers point to.
+    unsafe {
+        let inverse = V::splat(inverse);
+        for (group, bytes) in groups.zip(packed.chunks_exact_mut(V::GROUP * BITS / 8)) {
+            let numbers = map_2!(V::load(group.as_ptr()), |half| half.multiply(inverse));
+            if BITS == 4 {
+                let mut nodes = map_2!(numbers, |half| nibble_node(half, search));
+                if search.recode {
+                    nodes = map_2!(nodes, |half| V::recode(half, &search.codes));
+                }
+                V::pack_nibbles(nodes, bytes.as_mut_ptr());
+            } else {
+                let mut codes = [0; 32];
+                let nodes = map_2!(numbers, |half| byte_node(half, search));
+                V::pack_bytes(nodes, codes.as_mut_ptr());
+                if search.recode {
+                    for code in &mut codes {
+                        *code = search.codes[usize::from(*code)];
+                    }
+                }
+                if BITS == 8 {
+                    bytes.copy_from_slice(&codes);
+                } else {
+                    for (byte, codes) in bytes.iter_mut().zip(codes.chunks_exact(4)) {
+                        *byte = codes.iter().fold(0, |byte, code| byte << 2 | code);
+                    }
+                }
+            }
+        }
+    }
+    if !rest.is_empty() {
+        scalar::encode_block(rest, scale, codebook, rest_packed);
+    }
+}
+
+/// Node `16 + rank` of every lane.
+#[inline(always)]
+unsafe fn nibble_node<V: Vector>(numbers: V, search: &Search) -> V::Index {
+    // SAFETY: the caller answers for the features of `V`.
+    unsafe {
+        let node = V::root();
+        let node = numbers.descend::<1>(search, node);
+        let node = numbers.descend::<2>(search, node);
+        let node = numbers.descend::<4>(search, node);
+        numbers.descend::<8>(search, node)
+    }
+}
+
+/// Node `256 + rank` of every lane.
+#[inline(always)]
+unsafe fn byte_node<V: Vector>(numbers: V, search: &Search) -> V::Index {
+    // SAFETY: the caller answers for the features of `V`.
+    unsafe {
+        let node = nibble_node(numbers, search);
+        let node = numbers.descend::<16>(search, node);
+        let node = numbers.descend::<32>(search, node);
+        let node = numbers.descend::<64>(search, node);
+        numbers.descend::<128>(search, node)
+    }
+}
+
+/// As [`scalar::dequantize_blocks`]. With `STREAM`, `output` is aligned to 64 bytes and the
+/// caller fences.
+#[inline(always)]
+pub(super) unsafe fn dequantize_blocks<V: Vector, T: Element, const STREAM: bool>(
+    packed: &[u8],
+    absmax: &[f32],
+    codebook: &Codebook,
+    block_size: BlockSize,
+    output: &mut [T],
+) {
+    // SAFETY: the caller answers for the features of `V` and the alignment.
+    unsafe {
+        match codebook.code_bits() {
+            2 => dequantize::<V, T, STREAM, 2>(packed, absmax, codebook, block_size, output),
+            4 => dequantize::<V, T, STREAM, 4>(packed, absmax, codebook, block_size, output),
+            _ => dequantize::<V, T, STREAM, 8>(packed, absmax, codebook, block_size, output),
+        }
+    }
+}
+
+/// [`dequantize_blocks`] for one width of code.
+#[inline(always)]
+unsafe fn dequantize<V: Vector, T: Element, const STREAM: bool, const BITS: usize>(
+    packed: &[u8],
+    absmax: &[f32],
+    codebook: &Codebook,
+    block_size: BlockSize,
+    output: &mut [T],
+) {
+    let blocks = output
+        .chunks_mut(block_size.get())
+        .zip(packed.chunks(block_size.get() * BITS / 8))
+        .zip(absmax);
+    for ((block, packed), &scale) in blocks {
+        // SAFETY: the caller answers for the features of `V`; blocks are multiples of 64 bytes.
+        unsafe { decode_block::<V, T, STREAM, BITS>(packed, scale, codebook, block) };
+    }
+}
+
+/// As [`scalar::dequantize_block`].
+#[inline(always)]
+unsafe fn decode_block<V: Vector, T: Element, const STREAM: bool, const BITS: usize>(
+    packed: &[u8],
+    scale: f32,
+    codebook: &Codebook,
+    output: &mut [T],
+) {
+    let mut groups = output.chunks_exact_mut(V::GROUP);
+    let (packed, rest_packed) = packed.split_at(groups.len() * V::GROUP * BITS / 8);
+    let bytes = packed.chunks_exact(V::GROUP * BITS / 8);
+    // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths of what
+    // the pointers point to. A group has 64 bytes or 128, so alignment carries on.
+    unsafe {
+        if BITS == 8 {
+            let scale = V::splat(scale);
+            for (group, bytes) in (&mut groups).zip(bytes) {
+                let numbers = map_2!(V::unpack_bytes(bytes.as_ptr()), |codes| {
+                    V::gather(codebook.values(), codes).multiply(scale)
+                });
+                V::store(numbers, group.as_mut_ptr());
+            }
+        } else {
+            let table = V::table::<T>(codebook.values(), scale);
+            for (group, bytes) in (&mut groups).zip(bytes) {
+                if BITS == 4 {
+                    V::decode::<T, STREAM>(table, bytes.as_ptr(), group.as_mut_ptr());
+                } else {
+                    let mut nibbles = [0; 16];
+                    for (pair, &byte) in nibbles.chunks_exact_mut(2).zip(bytes) {
+                        pair[0] = byte >> 2 & 0x30 | byte >> 4 & 0x03;
+                        pair[1] = byte << 2 & 0x30 | byte & 0x03;
+                    }
+                    V::decode::<T, STREAM>(table, nibbles.as_ptr(), group.as_mut_ptr());
+                }
+            }
+        }
+    }
+    let rest = groups.into_remainder();
+    if !rest.is_empty() {
+        scalar::dequantize_block(rest_packed, scale, codebook, rest);
+    }
+}
+
+/// Converts every element: exactly to a wider type, rounded to nearest even to a narrower one.
+#[inline(always)]
+pub(super) unsafe fn convert<V: Vector, S: Element, D: Element>(source: &[S], target: &mut [D]) {
+    let sources = source.chunks_exact(V::GROUP);
+    let mut targets = target.chunks_exact_mut(V::GROUP);
+    let rest = sources.remainder();
+    for (source, target) in sources.zip(&mut targets) {
+        // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths.
+        unsafe { V::store(V::load(source.as_ptr()), target.as_mut_ptr()) };
+    }
+    scalar::convert(rest, targets.into_remainder());
+}
