@@ -178,7 +178,7 @@ class Linear4bit(nn.Linear):
         self.register_parameter("weight_nested_offset", frozen(quantized.nested_offset))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out_features, in_features] in `dtype`, by default that before quantization."""
+        """The weight [out_features, in_features] in `dtype`, by default the original one."""
         weight: Tensor = self.quantized().dequantize(dtype)
         return weight
 

@@ -259,7 +259,8 @@ def _check_operand(operand: Tensor, features: int, name: str) -> None:
     _check_float(operand, name)
     if operand.shape[-1] != features:
         raise ValueError(
-            f"{name} has {operand.shape[-1]} features in its last dimension; the layer has {features}"
+            f"{name} has {operand.shape[-1]} features in its last dimension, "
+            f"and the layer has {features}"
         )
 
 
@@ -338,11 +339,14 @@ def _linear_transposed_fake(
 
 
 class _Linear(torch.autograd.Function):
-    """The product and its gradient. The frozen weight has none, and nothing of it is decoded
-    for the graph: the packed tensors themselves are all that backward needs."""
+    """The product and its gradient.
+
+    The frozen weight has no gradient, and nothing of it is decoded for the graph: the packed
+    tensors themselves are all that backward needs.
+    """
 
     @staticmethod
-    def forward(ctx, x, bias, packed, absmax, nested_absmax, nested_offset, *layout):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN205
+    def forward(ctx, x, bias, packed, absmax, nested_absmax, nested_offset, *layout):  # type: ignore[no-untyped-def]
         ctx.layout = layout
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
@@ -351,14 +355,14 @@ class _Linear(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fourbit.linear_transposed.default(
                 gradient, *ctx.saved_tensors, *ctx.layout
             )
         if ctx.needs_input_grad[1]:
-            grad_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, *([None] * 8)
 
 
@@ -399,5 +403,5 @@ def linear(
     weight = (packed, absmax, nested_absmax, nested_offset)
     layout = (codebook, block_size, out_features, in_features)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, bias, *weight, *layout)  # type: ignore[no-any-return, no-untyped-call]
+        return _Linear.apply(x, bias, *weight, *layout)  # type: ignore[no-any-return]
     return torch.ops.fourbit.linear.default(x, bias, *weight, *layout)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from fourbit import ops
@@ -93,7 +94,8 @@ class QuantizedTensor:
         packed, absmax, nested_absmax, nested_offset = (
             None if part is None else part.to(device) for part in self._parts()
         )
-        assert packed is not None and absmax is not None
+        assert packed is not None
+        assert absmax is not None
         return replace(
             self,
             packed=packed,
@@ -170,7 +172,7 @@ def _as_tensor(array: Any) -> Tensor:
             native = native.reshape(())
         return torch.from_numpy(native if native.flags.writeable else native.copy())
     if hasattr(array, "__dlpack__"):
-        return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array)
     raise TypeError(f"cannot quantize a {type(array).__name__}; give a tensor or an array")
 
 

@@ -156,7 +156,7 @@ def mean(scales: Tensor) -> float:
     if len(scales) == 0:
         return 0.0
     total = 0.0
-    for chunk in scales.double().split(1024):
+    for chunk in torch.split(scales.double(), 1024):
         rows = torch.nn.functional.pad(chunk, (0, -len(chunk) % 32)).reshape(-1, 32)
         lanes = torch.zeros(32, dtype=torch.float64)
         for row in rows:
@@ -201,7 +201,9 @@ def dora_weight(
 ) -> Tensor:
     """``m (W + s B A) / ‖W + s B A‖`` with row norms, in float64 (arXiv 2402.09353)."""
     merged = weight.double() + scaling * lora_B.double() @ lora_A.double()
-    return magnitude.double()[:, None] * merged / merged.norm(dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+    weights: Tensor = magnitude.double()[:, None] * merged / norms
+    return weights
 
 
 def adamw(
