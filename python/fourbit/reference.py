@@ -42,6 +42,7 @@ INT4 = tuple(torch.tensor(min(step, 7) / 7).item() for step in range(-7, 9))
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 
 NESTED_BLOCK_SIZE = 256
+OPTIMIZER_BLOCK_SIZE = 256
 SUBNORMAL_LIFT = 2.0**64
 
 
@@ -226,3 +227,94 @@ def adamw(
     denominator = (exp_avg_sq / (1 - betas[1] ** step)).sqrt() + eps
     parameter = parameter - lr * (exp_avg / (1 - betas[0] ** step)) / denominator
     return parameter, exp_avg, exp_avg_sq
+
+
+def adamw_float32(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`adamw` in float32 and in the library's order of operations: the same bits.
+
+    Constants are computed in float64 and rounded once. The parameter may be float32, float16 or
+    bfloat16 and is rounded once, at the end; the gradient likewise is widened first.
+    """
+    gradient, new = gradient.float(), parameter.float()
+
+    def constant(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64).float()
+
+    beta1, beta2 = constant(betas[0]), constant(betas[1])
+    exp_avg = beta1 * exp_avg + constant(1 - betas[0]) * gradient
+    exp_avg_sq = beta2 * exp_avg_sq + constant(1 - betas[1]) * (gradient * gradient)
+    step_size = constant(lr / (1 - betas[0] ** step))
+    correction = constant(math.sqrt(1 - betas[1] ** step))
+    new = new * constant(1 - lr * weight_decay)
+    new = new - step_size * (exp_avg / (exp_avg_sq.sqrt() / correction + constant(eps)))
+    return new.to(parameter.dtype), exp_avg, exp_avg_sq
+
+
+def adamw8(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_absmax: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_absmax: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`adamw_float32` with blockwise 8-bit moments (arXiv 2110.02861).
+
+    The parameter takes its step with the new moments as they are before they are rounded.
+
+    Args:
+        parameter: any shape.
+        gradient: of the same shape.
+        exp_avg: uint8 codes of the signed map, of the same shape.
+        exp_avg_absmax: float32 [blocks of 256].
+        exp_avg_sq: uint8 codes of the unsigned map, of the same shape.
+        exp_avg_sq_absmax: float32 [blocks of 256].
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        weight_decay: decoupled.
+        step: 1 for the first.
+
+    Returns:
+        New parameter, codes, scales, codes, scales.
+    """
+    maps = dynamic_map(signed=True), dynamic_map(signed=False)
+    shape = tuple(parameter.shape)
+    old = [
+        dequantize(codes, absmax, values, OPTIMIZER_BLOCK_SIZE, shape, torch.float32)
+        for codes, absmax, values in zip(
+            (exp_avg, exp_avg_sq), (exp_avg_absmax, exp_avg_sq_absmax), maps, strict=True
+        )
+    ]
+    parameter, *moments = adamw_float32(
+        parameter,
+        gradient,
+        *old,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+    )
+    (codes, absmax), (codes_sq, absmax_sq) = (
+        quantize(moment, values, OPTIMIZER_BLOCK_SIZE)
+        for moment, values in zip(moments, maps, strict=True)
+    )
+    return parameter, codes.reshape(shape), absmax, codes_sq.reshape(shape), absmax_sq
