@@ -12,7 +12,7 @@ _SMOOTH_FROM = 20
 def draw_loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path, title: str) -> bool:
     """Draw training loss over steps into a PNG.
 
-    Long runs get a running mean over a twentieth of the run beside the points.
+    Long runs get a running mean over a twentieth of the run, at least 5 points, beside the points.
 
     Args:
         steps: optimizer steps, ascending.
@@ -41,7 +41,7 @@ def draw_loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path, t
         label="each logged step",
     )
     if smooth:
-        window = max(2, len(losses) // 20)
+        window = max(5, len(losses) // 20)
         axes.plot(
             steps,
             running_mean(losses, window),
