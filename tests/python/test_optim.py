@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import warnings
 import weakref
 from pathlib import Path
@@ -481,7 +482,7 @@ def test_copies_go_their_own_way(clone):
     (param,) = parameters((64, 64))
     param.grad = torch.full_like(param, torch.nan)
     optimizer = PagedAdamW([param])
-    with pytest.warns(RuntimeWarning, match="not finite"):
+    with pytest.warns(RuntimeWarning, match="NaN or infinity"):
         optimizer.step()
     train(optimizer, [param], range(2))
     twin = clone(optimizer)
@@ -534,7 +535,7 @@ def test_a_gradient_that_is_not_finite_skips_its_tensor(bits, bad, dtype):
     set_gradients(others, 2)
     params[0].grad[63, 63] = bad
     others[0].grad = None
-    with pytest.warns(RuntimeWarning, match="gradient of parameter 0 is not finite"):
+    with pytest.warns(RuntimeWarning, match="skipped the update of parameter 0 for"):
         optimizer.step()
     oracle.step()
     assert_same_bits(params, others)
@@ -554,8 +555,8 @@ def test_skipped_updates_are_counted_and_warned_of_now_and_then():
             optimizer.step()
         messages += [str(warning.message) for warning in caught]
     assert optimizer.skipped_updates == 410
-    assert [message.split(";")[1].split()[0] for message in messages] == ["2", "202", "402"]
-    assert "parameter 0 (body.weight) and 1 others" in messages[0]
+    assert [re.search(r"(\d+) updates so far", m)[1] for m in messages] == ["2", "202", "402"]
+    assert "parameter 0 (body.weight) and 1 more" in messages[0]
 
 
 def test_grad_scaler_leaves_out_the_whole_step():
@@ -725,6 +726,8 @@ def assign(field, value):
         (lambda d: d["param_groups"][0].update(amsgrad=True), "amsgrad"),
         (lambda d: d["param_groups"][0]["params"].pop(), "other parameter groups"),
         (lambda d: d["param_groups"].pop(), "other parameter groups"),
+        (lambda d: d["param_groups"][0].update(params=[0, 0]), "names a parameter twice"),
+        (lambda d: d["param_groups"][0].pop("params"), "a parameter group without params"),
         (lambda d: d.pop("state"), "lacks state or param_groups"),
         (lambda d: d.pop("param_groups"), "lacks state or param_groups"),
     ],

@@ -109,7 +109,7 @@ def check_all_shards_skip_together() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step()
-    assert any("parameter 0 is not finite" in str(warning.message) for warning in caught)
+    assert any("update of parameter 0" in str(warning.message) for warning in caught)
     assert torch.equal(params[0].full_tensor(), before)
     assert optimizer.state[params[0]]["step"] == 0
     assert optimizer.state[params[1]]["step"] == 1

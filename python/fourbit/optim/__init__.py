@@ -2,7 +2,7 @@
 
 `adamw` is the optimizer as ``torch.optim`` knows it: groups, closures, state dicts. `state` is
 what it remembers of a parameter: names, shapes and dtypes, and the check of what is loaded.
-`sharded` is the little that distributed parameters ask for.
+`update` calls the core. `sharded` is the little that distributed parameters ask for.
 """
 
 from fourbit.optim.adamw import PagedAdamW

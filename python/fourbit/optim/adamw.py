@@ -5,42 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
-from fourbit import _core
 from fourbit.ops import FLOAT_DTYPES
 from fourbit.optim import state as state_of
-from fourbit.optim.sharded import (
-    finite_everywhere,
-    is_distributed,
-    local,
-    local_scales,
-    placements,
-)
+from fourbit.optim.sharded import finite_everywhere, is_distributed, local, placements
+from fourbit.optim.update import Update, run, shares_memory
 
 Pager: TypeAlias = Literal["auto", "unified", "pinned", "resident"]
 
 WARN_EVERY = 100
 """Steps with skipped tensors between two warnings of them."""
-
-
-class _Update(NamedTuple):
-    """One tensor's part in a step."""
-
-    param: Tensor
-    values: Tensor  # the parameter's own memory, or a contiguous copy of it
-    grad: Tensor
-    state: state_of.State
-
-    @property
-    def bits(self) -> int:
-        """The width of its state."""
-        return 8 if "exp_avg_absmax" in self.state else 32
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -207,7 +186,12 @@ class PagedAdamW(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         everything = [update for _, updates in plan for update in updates]
-        self._check_no_overlap(everything)
+        sharer = shares_memory(everything)
+        if sharer is not None:
+            raise ValueError(
+                f"{self._name(sharer)} shares memory with another parameter or gradient; "
+                "give the optimizer one parameter for each tensor, or clone them"
+            )
         # The core sees a shard alone; the others must skip the tensor too.
         shards = [update.param for update in everything if is_distributed(update.param)]
         finite = finite_everywhere(shards)
@@ -221,12 +205,12 @@ class PagedAdamW(torch.optim.Optimizer):
                     if update.bits == bits and id(update.param) not in left_out
                 ]
                 if chosen:
-                    skipped += _run(chosen, group, bits)
+                    skipped += run(chosen, group, bits)
         if skipped:
             self._count_skipped(skipped)
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> _Update:
+    def _update(self, param: Tensor, group: dict[str, Any]) -> Update:
         """What stepping `param` takes, its state made if it has none; checked."""
         self._check_param(param)
         grad = param.grad
@@ -252,35 +236,17 @@ class PagedAdamW(torch.optim.Optimizer):
         values = local(param).detach()
         # Autograd may hand out gradients as negative views, whose memory holds the other sign.
         local_grad = local(grad).detach().resolve_neg()
-        return _Update(param, values.contiguous(), local_grad.contiguous(), state)
-
-    def _check_no_overlap(self, updates: list[_Update]) -> None:
-        """Refuse parameters that share memory: two threads would write it at once."""
-        ranges = []
-        for update in updates:
-            for tensor, written in ((update.values, True), (update.grad, False)):
-                if tensor.numel():
-                    start = tensor.data_ptr()
-                    ranges.append((start, start + tensor.nbytes, written, update.param))
-        end, end_written = 0, 0
-        for start, stop, written, param in sorted(ranges, key=lambda item: item[:3]):
-            if start < (end if written else end_written):
-                raise ValueError(
-                    f"{self._name(param)} shares memory with another parameter or gradient; "
-                    "give the optimizer one parameter for each tensor, or clone them"
-                )
-            end = max(end, stop)
-            end_written = max(end_written, stop if written else 0)
+        return Update(param, values.contiguous(), local_grad.contiguous(), state)
 
     def _count_skipped(self, params: list[Tensor]) -> None:
         self.skipped_updates += len(params)
         self._steps_with_skips += 1
         if self._steps_with_skips % WARN_EVERY == 1:
-            others = f" and {len(params) - 1} others" if len(params) > 1 else ""
+            others = f" and {len(params) - 1} more" if len(params) > 1 else ""
             warnings.warn(
-                f"the gradient of {self._name(params[0])}{others} is not finite, so they were not "
-                f"updated; {self.skipped_updates} updates were skipped so far. Look at the loss "
-                "and the learning rate; with float16, use torch.amp.GradScaler",
+                f"skipped the update of {self._name(params[0])}{others} for NaN or infinity in the "
+                f"gradient, {self.skipped_updates} updates so far; look at the loss and the "
+                "learning rate, and with float16 use torch.amp.GradScaler",
                 RuntimeWarning,
                 stacklevel=5,  # past the wrappers of no_grad and of torch's hooks
             )
@@ -324,10 +290,15 @@ class PagedAdamW(torch.optim.Optimizer):
         saved_states, saved_groups = state_dict.get("state"), state_dict.get("param_groups")
         if not isinstance(saved_states, Mapping) or not isinstance(saved_groups, list):
             raise ValueError("not an optimizer's state dict: it lacks state or param_groups")
+        if not all(isinstance(group, Mapping) and "params" in group for group in saved_groups):
+            raise ValueError("the state dict has a parameter group without params; it is damaged")
         if [len(group["params"]) for group in saved_groups] != [
             len(group["params"]) for group in self.param_groups
         ]:
             raise ValueError("the state dict is one of other parameter groups")
+        indices = [index for group in saved_groups for index in group["params"]]
+        if len(set(indices)) != len(indices):
+            raise ValueError("the state dict names a parameter twice; it is damaged")
         groups, other = [], dict(saved_states)
         for saved_group, group in zip(saved_groups, self.param_groups, strict=True):
             kept = {name: value for name, value in group.items() if name != "params"}
@@ -370,44 +341,3 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"state_bits is {options['state_bits']!r}; use 8 or 32")
     if options.get("amsgrad"):
         raise ValueError("amsgrad is not supported; make the optimizer without it")
-
-
-def _run(updates: list[_Update], group: Mapping[str, Any], bits: int) -> list[Tensor]:
-    """Step tensors of one group and state width; returns the parameters that were skipped."""
-
-    def column(field: str) -> list[Tensor]:
-        return [local(update.state[field]) for update in updates]
-
-    def scales(field: str) -> list[Tensor]:
-        return [
-            local_scales(update.state[field], update.param, state_of.BLOCK_SIZE)
-            for update in updates
-        ]
-
-    params, grads = [u.values for u in updates], [u.grad for u in updates]
-    moments = [column("exp_avg"), column("exp_avg_sq")]
-    options = {
-        "lr": float(group["lr"]),
-        "beta1": float(group["betas"][0]),
-        "beta2": float(group["betas"][1]),
-        "eps": float(group["eps"]),
-        "weight_decay": float(group["weight_decay"]),
-        "steps": [int(update.state["step"]) + 1 for update in updates],
-        "maximize": bool(group["maximize"]),
-        "threads": torch.get_num_threads(),
-    }
-    if bits == 32:
-        skipped = _core.adamw32_step(params, grads, *moments, **options)
-    else:
-        codes, codes_sq = moments
-        absmax, absmax_sq = scales("exp_avg_absmax"), scales("exp_avg_sq_absmax")
-        skipped = _core.adamw8_step(params, grads, codes, absmax, codes_sq, absmax_sq, **options)
-    for index in set(range(len(updates))).difference(skipped):
-        update = updates[index]
-        update.state["step"] += 1
-        memory = local(update.param)
-        if update.values.data_ptr() != memory.data_ptr():
-            memory.copy_(update.values)
-        # The core writes behind autograd's back; graphs that saved the old values must notice.
-        increment_version(update.param)
-    return [updates[index].param for index in skipped]

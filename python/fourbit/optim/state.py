@@ -20,7 +20,6 @@ State of a distributed parameter is distributed alike; see `sharded` for its sca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +36,11 @@ MIN_8BIT_ELEMENTS = 4096
 
 MAPS = {"exp_avg": "dynamic-signed", "exp_avg_sq": "dynamic-unsigned"}
 """The moments, and the 8-bit map of each."""
+
+ZERO_CODES = {
+    moment: _core.Codebook.by_name(codebook).values.index(0.0) for moment, codebook in MAPS.items()
+}
+"""The codes of zero in these maps."""
 
 State = dict[str, Tensor]
 
@@ -55,14 +59,9 @@ def new_state(param: Tensor, bits: int) -> State:
             param, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False
         )
         if bits == 8:
-            state[moment].fill_(_zero_code(MAPS[moment]))
+            state[moment].fill_(ZERO_CODES[moment])
             state[f"{moment}_absmax"] = zero_scales(param, BLOCK_SIZE)
     return state
-
-
-@cache
-def _zero_code(codebook: str) -> int:
-    return _core.Codebook.by_name(codebook).values.index(0.0)
 
 
 def restored_state(param: Tensor, saved: object, bits: int, name: str) -> State:
