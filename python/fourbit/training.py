@@ -42,16 +42,7 @@ def prepare_for_training(
     _ask_for_input_gradients(model)
     _turn_off_cache(model)
     if gradient_checkpointing:
-        enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-        if callable(enable):
-            kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-            enable(gradient_checkpointing_kwargs=kwargs)
-        else:
-            warnings.warn(
-                f"{type(model).__name__} has no gradient_checkpointing_enable; wrap its blocks in "
-                "torch.utils.checkpoint, or pass gradient_checkpointing=False",
-                stacklevel=2,
-            )
+        _turn_on_checkpointing(model, gradient_checkpointing_kwargs or {})
     return model
 
 
@@ -79,6 +70,21 @@ def _ask_for_input_gradients(model: nn.Module) -> None:
 
 def _require_grad(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
     output.requires_grad_(True)
+
+
+def _turn_on_checkpointing(model: nn.Module, options: Mapping[str, Any]) -> None:
+    kwargs = {"use_reentrant": False, **options}
+    # The first name is that of newer versions of transformers, which warn about the second.
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        enable: Any = getattr(model, name, None)
+        if callable(enable):
+            enable(kwargs)
+            return
+    warnings.warn(
+        f"{type(model).__name__} has no gradient_checkpointing_enable; wrap its blocks in "
+        "torch.utils.checkpoint, or pass gradient_checkpointing=False",
+        stacklevel=3,
+    )
 
 
 def _turn_off_cache(model: nn.Module) -> None:

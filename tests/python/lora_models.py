@@ -35,7 +35,7 @@ def llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, **overrides: Any
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     for parameter in model.parameters():
         if parameter.ndim == 1:
-            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+            nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
     return model.to(dtype).eval()
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_models import relative
 from torch import Tensor, nn
 
 from fourbit import Linear4bit, reference
 from fourbit.lora import LoraLinear, merged_weight
+from lora_models import relative
 
 # Both sides compute in float32 and add in another order.
 FLOAT32 = 2e-6

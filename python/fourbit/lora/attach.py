@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fourbit._core import NonFiniteError
 from fourbit.linear import Linear4bit
 from fourbit.lora import loftq
 from fourbit.lora.config import AdapterConfig, TargetRule, named
@@ -210,6 +211,8 @@ def install(
         state.saved[path] = model.get_submodule(path)
         set_submodule(model, path, twin.requires_grad_(trainable))
     for layer in layers.values():
+        # Dropout must not act in a model that is evaluated, whatever its layers' own flags say.
+        layer.train(model.training)
         layer.base_layer.requires_grad_(False)
         for part in adapter_parameters(layer):
             part.requires_grad_(trainable)
@@ -378,13 +381,16 @@ def _loftq_starts(
         if base is not None and source is not None:
             weight = source.weight(path).to(weight.device)
             loftq.check_same_weights(weight, base, path)
-        starts[path] = loftq.loftq(
-            weight,
-            r=config.rank(path),
-            scaling=config.scaling(path),
-            iterations=iterations,
-            base=base,
-        )
+        try:
+            starts[path] = loftq.loftq(
+                weight,
+                r=config.rank(path),
+                scaling=config.scaling(path),
+                iterations=iterations,
+                base=base,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}.weight: {error}") from None
     return starts
 
 

@@ -149,9 +149,9 @@ class TargetRule:
         return self._block(path) in self.layers_to_transform
 
     def _block(self, path: str) -> int | None:
-        patterns = self.layers_pattern or (r"[^.]*",)
-        for pattern in patterns:
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+        named_lists = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
+        for pattern in named_lists or [r".*?\.[^.]*"]:
+            match = re.match(rf"{pattern}\.(\d+)\.", path)
             if match:
                 return int(match.group(1))
         return None

@@ -71,7 +71,8 @@ def save_adapter(
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(model, "name_or_path", None) or None
     causal = type(model).__name__.endswith("ForCausalLM")
-    fields = state.config.to_peft(
+    # Whole paths: PEFT takes a name for the end of any other, "norm" for that of "input_layernorm".
+    fields = replace(state.config, modules_to_save=tuple(state.saved)).to_peft(
         base_model_name_or_path=base_model_name_or_path,
         task_type="CAUSAL_LM" if causal else None,
     )
@@ -154,7 +155,7 @@ def _replace_files(folder: Path, weights: bytes, config: bytes) -> None:
     try:
         asides.append(_write_aside(folder / WEIGHTS_NAME, weights))
         old_config = folder / CONFIG_NAME
-        if not (old_config.is_file() and old_config.read_bytes() == config):
+        if not _holds(old_config, config):
             asides.append(_write_aside(old_config, config))
             # New weights under the old config would load as something that nobody trained.
             old_config.unlink(missing_ok=True)
@@ -165,6 +166,13 @@ def _replace_files(folder: Path, weights: bytes, config: bytes) -> None:
     finally:
         for aside in asides:
             aside.unlink(missing_ok=True)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except FileNotFoundError:
+        return False
 
 
 def _write_aside(path: Path, data: bytes) -> Path:
@@ -288,9 +296,10 @@ def _owner(name: str, modules: Mapping[str, nn.Module], config: AdapterConfig) -
     """
     parts = name.split(".")
     owners = [".".join(parts[:count]) for count in range(1, len(parts))]
-    known = [owner for owner in owners if owner in modules]
-    listed = [owner for owner in known if named(config.modules_to_save, owner)]
-    return listed[0] if listed else (owners[-1] if owners[-1:] == known[-1:] else None)
+    for owner in owners:
+        if owner in modules and named(config.modules_to_save, owner):
+            return owner
+    return owners[-1] if owners and owners[-1] in modules else None
 
 
 def _check_same_base(key: str, tensor: Tensor, layer: nn.Module | None, path: Path) -> None:
@@ -309,11 +318,12 @@ def _check_targets(
     model: nn.Module, rule: TargetRule, contents: _Contents, path: Path
 ) -> dict[str, nn.Linear]:
     linear = linear_layers(model)
-    for name, parts in contents.layers.items():
+    for name in contents.layers:
         if name not in linear:
             raise CheckpointError(
                 f"{path}: the model has no linear layer {name}: an adapter for another base"
             )
+    for name, parts in contents.layers.items():
         for part in ("lora_A.weight", "lora_B.weight"):
             if part not in parts:
                 raise CheckpointError(f"{path}: the tensor {_PREFIX}{name}.{part} is missing")
@@ -378,6 +388,11 @@ def _check_saved(
     except ValueError as error:
         raise CheckpointError(f"{path.with_name(CONFIG_NAME)}: {error}") from None
     for owner, module in modules.items():
+        for layer in contents.layers:
+            if f"{layer}.".startswith(f"{owner}."):
+                raise CheckpointError(
+                    f"{path}: {layer} has an adapter, and {owner} is also there as a whole"
+                )
         tensors, expected = contents.saved.get(owner, {}), module.state_dict()
         for name in (*expected, *tensors):
             key = f"{_PREFIX}{owner}.{name}"

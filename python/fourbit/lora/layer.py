@@ -175,9 +175,11 @@ class LoraLinear(nn.Module):
         """
         keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         with torch.no_grad():
+            if not keep:
+                return row_norms(direction_weight(self))
             parts = (*self.base_layer.parameters(), self.lora_A.weight, self.lora_B.weight)
             # Inference tensors have no version by which a change could be noticed.
-            if not keep or any(part.is_inference() for part in parts):
+            if any(part.is_inference() for part in parts):
                 return row_norms(direction_weight(self))
             key = tuple((id(part), part._version, part.data_ptr()) for part in parts)
             if self._norm_cache is None or self._norm_cache[0] != key:
