@@ -84,9 +84,9 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
     ids = _encode(tokenizer, prompt, chat).to(model.device)
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    if temperature == 0:
+        sampling = {"do_sample": False, "temperature": None, "top_p": None}
     ends = _end_tokens(model, tokenizer)
     was_training = model.training
     model.eval()
@@ -103,6 +103,7 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id if ends == [] else ends[0],
                 streamer=None if stream is None else _streamer(tokenizer, stream),
                 use_cache=True,
+                top_k=None if temperature == 0 else 0,
                 **sampling,
             )
     finally:

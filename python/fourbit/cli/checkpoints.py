@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -13,11 +12,12 @@ import typer
 
 from fourbit.cli import screen
 from fourbit.cli.common import Interrupted, Json, debugging, one_of
+from fourbit.cli.contents import Contents
 from fourbit.cli.progress import Meter
 from fourbit.cli.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from fourbit.checkpoint import CheckpointInfo, ConversionReport
+    from fourbit.checkpoint import ConversionReport
 
 Folder = Annotated[Path, typer.Argument(show_default=False, help="A model folder.")]
 
@@ -122,159 +122,13 @@ def inspect(
     """Show what is in a model folder: ours, one of bitsandbytes, or a plain one."""
     from fourbit import checkpoint
 
-    info = checkpoint.inspect(folder)
-    rows = _rows(info)
+    contents = Contents.of(checkpoint.inspect(folder))
     if json:
-        screen.say_json({**_totals(info, rows), "tensors": rows})
+        screen.say_json(contents.as_json())
         return
-    _say_rows(rows if every else _grouped(rows))
-    _say_totals(_totals(info, rows))
-
-
-def _rows(info: CheckpointInfo) -> list[dict[str, object]]:
-    """One row a tensor of the model, as it was before quantization."""
-    nbytes = {tensor.name: tensor.bytes for tensor in info.tensors}
-    parts = {part for weight in info.quantized for part in weight.parts.values()}
-    rows: list[dict[str, object]] = []
-    for weight in info.quantized:
-        stored = sum(nbytes[part] for part in weight.parts.values())
-        double = " + double" if weight.double_quant else ""
-        rows.append(
-            {
-                "name": weight.name,
-                "shape": list(weight.shape),
-                "stored_as": f"{weight.codebook}, blocks of {weight.block_size}{double}",
-                "bytes": stored,
-                "quantized": True,
-            }
-        )
-    for tensor in info.tensors:
-        if tensor.name not in parts:
-            rows.append(
-                {
-                    "name": tensor.name,
-                    "shape": list(tensor.shape),
-                    "stored_as": tensor.dtype,
-                    "bytes": tensor.bytes,
-                    "quantized": False,
-                }
-            )
-    return sorted(rows, key=lambda row: _natural(str(row["name"])))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 10 after layer 9."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
-
-
-def _numbers(row: dict[str, object]) -> int:
-    shape = row["shape"]
-    assert isinstance(shape, list)
-    product = 1
-    for dimension in shape:
-        product *= dimension
-    return product
-
-
-def _grouped(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Rows that differ in their layer's number only, put together."""
-    groups: dict[tuple[str, str, str], list[dict[str, object]]] = {}
-    for row in rows:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", str(row["name"]))
-        groups.setdefault((name, str(row["shape"]), str(row["stored_as"])), []).append(row)
-    return [
-        {
-            **members[0],
-            "name": key[0] if len(members) > 1 else members[0]["name"],
-            "members": members,
-        }
-        for key, members in groups.items()
-    ]
-
-
-def _say_rows(rows: list[dict[str, object]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("tensor", "shape", "stored as"):
-        table.add_column(heading, no_wrap=heading != "tensor", overflow="fold")
-    for heading in ("bits a number", "size"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        members = row.get("members", [row])
-        assert isinstance(members, list)
-        stored = sum(int(member["bytes"]) for member in members)
-        numbers = sum(_numbers(member) for member in members)
-        shape = row["shape"]
-        assert isinstance(shape, list)
-        times = f"{len(members)} × " if len(members) > 1 else ""
-        table.add_row(
-            screen.plain(str(row["name"])),
-            times + " × ".join(map(str, shape)) if not times else f"{times}({_shape(shape)})",
-            str(row["stored_as"]),
-            f"{8 * stored / numbers:.3f}" if numbers else "",
-            screen.size(stored),
-        )
-    screen.table_console().print(table)
-
-
-def _shape(shape: list[int]) -> str:
-    return " × ".join(map(str, shape))
-
-
-def _totals(info: CheckpointInfo, rows: list[dict[str, object]]) -> dict[str, object]:
-    quantized = [row for row in rows if row["quantized"]]
-    plain = [row for row in rows if not row["quantized"]]
-    numbers = sum(map(_numbers, rows))
-    return {
-        "path": str(info.path),
-        "format_version": info.format_version,
-        "quantized": bool(quantized),
-        "parameters": numbers,
-        "bytes": info.bytes,
-        "bits_per_parameter": 8 * info.bytes / numbers if numbers else None,
-        "stored_as": dict(Counter(str(row["stored_as"]) for row in rows)),
-        "quantized_tensors": len(quantized),
-        "quantized_parameters": sum(map(_numbers, quantized)),
-        "quantized_bytes": sum(int(str(row["bytes"])) for row in quantized),
-        "plain_tensors": len(plain),
-        "plain_parameters": sum(map(_numbers, plain)),
-        "plain_bytes": sum(int(str(row["bytes"])) for row in plain),
-    }
-
-
-def _say_totals(totals: dict[str, object]) -> None:
-    def number(key: str) -> int:
-        return int(str(totals[key]))
-
-    if not totals["quantized"]:
-        screen.say(
-            f"not quantized: {screen.count(number('parameters'))} parameters, "
-            f"{screen.size(number('bytes'))}"
-        )
-        return
-    writer = "another program (bitsandbytes' layout)"
-    if totals["format_version"] is not None:
-        writer = f"fourbit, format {totals['format_version']}"
-    bits = 8 * number("quantized_bytes") / max(1, number("quantized_parameters"))
-    screen.say(
-        f"quantized:     {screen.plural(number('quantized_tensors'), 'tensor')}, "
-        f"{screen.count(number('quantized_parameters'))} parameters, "
-        f"{screen.size(number('quantized_bytes'))} ({bits:.3f} bits a parameter)"
-    )
-    screen.say(
-        f"not quantized: {screen.plural(number('plain_tensors'), 'tensor')}, "
-        f"{screen.count(number('plain_parameters'))} parameters, "
-        f"{screen.size(number('plain_bytes'))}"
-    )
-    screen.say(
-        f"in all:        {screen.count(number('parameters'))} parameters, "
-        f"{screen.size(number('bytes'))} ({float(str(totals['bits_per_parameter'])):.3f} bits a "
-        f"parameter); written by {writer}"
-    )
+    screen.table_console().print(contents.table(every=every))
+    for line in contents.summary():
+        screen.say(line)
 
 
 def verify(folder: Folder, json: Json = False) -> None:
@@ -322,8 +176,8 @@ def merge(
     with quiet_libraries(everything=debugging()):
         import torch
 
+        from fourbit.export import export_merged
         from fourbit.lora import load_adapter, lora_modules
-        from fourbit.model_io import export_merged
 
         start = time.perf_counter()
         loaded = load_model(model)

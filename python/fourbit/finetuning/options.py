@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,7 +54,7 @@ class FinetuneOptions:
     r: int = 64
     lora_alpha: float = 16.0
     lora_dropout: float = 0.1
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: str | Sequence[str] = "all-linear"
     use_dora: bool = False
     use_rslora: bool = False
     init_lora_weights: InitLora = "default"
@@ -81,7 +82,8 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, by the option's name."""
-        if isinstance(self.target_modules, list):  # from JSON
+        if not isinstance(self.target_modules, str):
+            # JSON has lists only, and options are compared.
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name, choices in (
             ("dtype", Dtype),
