@@ -98,7 +98,7 @@ def _sentence(error: Exception) -> str:
 app = typer.Typer(
     name="fourbit",
     cls=_Commands,
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -121,6 +121,7 @@ def _debug(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
@@ -136,6 +137,9 @@ def _root(
     ] = False,
 ) -> None:
     """Fine-tune large language models with the frozen base in 4 bits."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 for _command in (

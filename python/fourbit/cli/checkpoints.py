@@ -59,9 +59,9 @@ def convert(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Convert a model folder to 4 bits: streamed, resumable, checksummed.
+    """Convert a model folder to 4 bits.
 
-    A conversion that was interrupted goes on where it was when the same command is run again.
+    The weights are streamed, and the result is checksummed. A conversion that was interrupted goes on where it was when the same command is run again.
     """
     from fourbit import checkpoint
 
@@ -119,7 +119,10 @@ def inspect(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show what is in a model folder: ours, one of bitsandbytes, or a plain one."""
+    """Show what is in a model folder.
+
+    It may be ours, one of bitsandbytes, or a plain one.
+    """
     from fourbit import checkpoint
 
     contents = Contents.of(checkpoint.inspect(folder))
@@ -132,7 +135,7 @@ def inspect(
 
 
 def verify(folder: Folder, json: Json = False) -> None:
-    """Check every byte of a converted folder against its checksums."""
+    """Check a converted folder, byte for byte."""
     from fourbit import checkpoint
 
     start = time.perf_counter()
@@ -169,7 +172,10 @@ def merge(
     ] = "auto",
     json: Json = False,
 ) -> None:
-    """Add an adapter to the weights it was trained on, and write a plain 16-bit model folder."""
+    """Write a 16-bit model with an adapter in it.
+
+    The adapter is added, in float32, to the 4-bit weights that it was trained on.
+    """
     from fourbit.loading import holds_tokenizer, load_model, load_tokenizer, require_quantized
 
     require_quantized(model)

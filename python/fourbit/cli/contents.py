@@ -95,10 +95,10 @@ class Contents:
         table.add_column("bits a number", justify="right", no_wrap=True)
         table.add_column("size", justify="right", no_wrap=True)
         for row in self.rows if every else _grouped(self.rows):
-            shape = " x ".join(map(str, row.shape)) or "scalar"
+            shape = str(list(row.shape))
             table.add_row(
                 screen.plain(row.name),
-                f"{row.tensors} of {shape}" if row.tensors > 1 else shape,
+                screen.plain(f"{row.tensors} x {shape}" if row.tensors > 1 else shape),
                 row.stored_as,
                 f"{_bits(row.nbytes, row.numbers):.3f}" if row.numbers else "",
                 screen.size(row.nbytes),

@@ -59,9 +59,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, 1:05 or 2:03:04."""
+    """0.04 s, 4.2 s, 42 s, 1:05 or 2:03:04."""
     if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.{2 if seconds < 1 else 1 if seconds < 10 else 0}f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

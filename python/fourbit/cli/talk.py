@@ -42,7 +42,7 @@ def generate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Answer a prompt; the text appears as it is written."""
+    """Answer a prompt, as the text is written."""
     text = sys.stdin.read().strip() if prompt == "-" else prompt
     with quiet_libraries(everything=debugging()):
         from fourbit.generation import generate as run

@@ -131,7 +131,9 @@ def finetune(
     save_limit: Annotated[int, typer.Option(help="Checkpoints kept.")] = _DEFAULTS.save_limit,
     json: Json = False,
 ) -> None:
-    """Train adapters on a 4-bit model (QLoRA) and save them in PEFT's format.
+    """Train adapters on a 4-bit model (QLoRA).
+
+    They are saved in PEFT's format, with the tokenizer, the loss log and its curve.
 
     Ctrl-C ends the run after the step under way, with a checkpoint; a second one at once. The same
     command with --resume then goes on, and ends in the same adapter as without the interruption.
