@@ -108,6 +108,17 @@ pub enum Error {
         got: Option<String>,
     },
 
+    /// A setting of the optimizer outside its range.
+    #[error("{name} is {got}, and it must be {expected}")]
+    Hyperparameter {
+        /// Which setting.
+        name: &'static str,
+        /// What it may be, in words.
+        expected: &'static str,
+        /// Its value.
+        got: f64,
+    },
+
     /// Another error, in a named tensor.
     #[error("tensor {name:?}: {source}")]
     Tensor {

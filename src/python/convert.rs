@@ -61,8 +61,6 @@ impl From<TensorRecord> for TensorReport {
 #[pyfunction]
 #[pyo3(signature = (source, destination, *, codebook, block_size, double_quant, only, skip,
                     max_shard_bytes, chunk_bytes, threads, progress=None))]
-// Keyword-only in Python, one for each option of the core.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn convert(
     py: Python<'_>,
     source: PathBuf,
@@ -141,5 +139,6 @@ pub(super) fn kept_module(name: &str) -> Option<&'static str> {
 /// The names of the small files of a folder that a copy of its model needs, without `config.json`.
 #[pyfunction]
 pub(super) fn small_files(py: Python<'_>, folder: PathBuf) -> PyResult<Vec<String>> {
-    py.detach(|| core::small_files(&folder)).map_err(|error| to_python(&error))
+    py.detach(|| core::small_files(&folder))
+        .map_err(|error| to_python(&error))
 }
