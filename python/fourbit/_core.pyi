@@ -32,6 +32,38 @@ class Codebook:
     def values(self) -> list[float]: ...
 
 def simd_backends() -> list[str]: ...
+def adamw32_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    steps: list[int],
+    threads: int,
+    maximize: bool = False,
+) -> list[int]: ...
+def adamw8_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    steps: list[int],
+    threads: int,
+    maximize: bool = False,
+) -> list[int]: ...
 def quantize(
     input: Tensor,
     codebook: Codebook,

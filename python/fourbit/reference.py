@@ -255,9 +255,11 @@ def adamw_float32(
     exp_avg = beta1 * exp_avg + constant(1 - betas[0]) * gradient
     exp_avg_sq = beta2 * exp_avg_sq + constant(1 - betas[1]) * (gradient * gradient)
     step_size = constant(lr / (1 - betas[0] ** step))
-    correction = constant(math.sqrt(1 - betas[1] ** step))
+    correction = constant(1 / math.sqrt(1 - betas[1] ** step))
     new = new * constant(1 - lr * weight_decay)
-    new = new - step_size * (exp_avg / (exp_avg_sq.sqrt() / correction + constant(eps)))
+    # torch's float32 square root is not always the nearest number; by way of float64 it is.
+    root = exp_avg_sq.double().sqrt().float()
+    new = new - step_size * (exp_avg / (root * correction + constant(eps)))
     return new.to(parameter.dtype), exp_avg, exp_avg_sq
 
 
