@@ -66,7 +66,7 @@ fn an_index_that_disagrees_with_the_shards_is_refused() {
     let entry = |tensor: &str, shard: &str| format!("\"{tensor}\": \"{shard}\"");
     let (a, b) = (entry("a", FIRST), entry("b", SECOND));
     for (map, matches) in [
-        (format!("{{{a}, {}}}", entry("b", FIRST)), "NotInShard"),
+        (format!("{{{a}, {}}}", entry("b", FIRST)), "ShardNotIndexed"),
         (format!("{{{a}, {b}, {}}}", entry("c", FIRST)), "NotInShard"),
         (
             format!("{{{}, {}}}", entry("a", SECOND), entry("b", FIRST)),
