@@ -1,15 +1,38 @@
 //! Blockwise absmax quantization: every block of a flattened tensor has one scale, and every
 //! element the code of the nearest codebook value of `x / scale`.
 //!
-//! [`scalar`] is the specification. The SIMD twins give the same bytes, on any number of threads:
+//! `scalar` is the specification. The SIMD twins give the same bytes, on any number of threads:
 //! blocks do not depend on each other. Work runs on the current rayon pool.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `scalar` | the specification |
+//! | `generic` | the same, 32 elements at a time, over the trait in `vector` |
+//! | `avx2`, `avx512`, `neon` | that trait, and the code instantiated with it |
+//! | `search` | a codebook made ready for it |
+//! | `backend` | which of them runs |
 //!
 //! Codes are packed high bits first: the first of two 4-bit codes is in the high nibble.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod backend;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod generic;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
+mod search;
+mod task;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod vector;
 
 use rayon::prelude::*;
 
+pub use self::backend::Backend;
+use self::search::Search;
 use crate::layout::{Layout, check_length};
 use crate::{BlockSize, Codebook, Element, Error, Result};
 
@@ -17,53 +40,8 @@ use crate::{BlockSize, Codebook, Element, Error, Result};
 /// to stay in its share of the cache. A multiple of every block size.
 const TASK_ELEMENTS: usize = 1 << 16;
 
-/// The instruction set that does the work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Backend {
-    /// Plain Rust: the specification.
-    Scalar,
-}
-
-impl Backend {
-    /// Every backend this processor can run, the fastest last.
-    #[must_use]
-    pub fn available() -> Vec<Self> {
-        vec![Self::Scalar]
-    }
-
-    /// The fastest backend of this processor, or the one that the environment variable
-    /// `FOURBIT_SIMD` names.
-    ///
-    /// # Errors
-    /// [`Error::Backend`] where the variable names one that cannot run here.
-    pub fn detect() -> Result<Self> {
-        Ok(Self::Scalar)
-    }
-
-    /// The backend of that name.
-    ///
-    /// # Errors
-    /// [`Error::Backend`] where there is none, or this processor cannot run it.
-    pub fn by_name(name: &str) -> Result<Self> {
-        let available = Self::available();
-        available
-            .iter()
-            .copied()
-            .find(|backend| backend.name() == name)
-            .ok_or_else(|| Error::Backend {
-                name: name.to_owned(),
-                available: available.iter().map(|backend| backend.name()).collect(),
-            })
-    }
-
-    /// `scalar`, `avx2`, `avx512` or `neon`.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-        }
-    }
-}
+/// Outputs from this size on are written past the cache: they would not stay in it.
+const STREAM_BYTES: usize = 32 << 20;
 
 /// Quantizes `input` into `packed` codes and one scale a block, with the backend that
 /// [`Backend::detect`] finds.
@@ -106,6 +84,7 @@ pub fn quantize_with<T: Element>(
     let layout = Layout::new(input.len() as u64, block_size, codebook.code_bits());
     check_length("packed", layout.packed_bytes, packed.len())?;
     check_length("absmax", layout.blocks, absmax.len())?;
+    let search = Search::new(codebook);
     let codes_per_byte = 8 / codebook.code_bits() as usize;
     let bad = input
         .par_chunks(TASK_ELEMENTS)
@@ -113,11 +92,9 @@ pub fn quantize_with<T: Element>(
         .zip(absmax.par_chunks_mut(TASK_ELEMENTS / block_size.get()))
         .enumerate()
         .filter_map(|(task, ((input, packed), absmax))| {
-            let first_bad = match backend {
-                Backend::Scalar => {
-                    scalar::quantize_blocks(input, codebook, block_size, packed, absmax)
-                }
-            };
+            let first_bad = task::quantize_blocks(
+                backend, input, codebook, &search, block_size, packed, absmax,
+            );
             first_bad.map(|index| (task * TASK_ELEMENTS + index, input[index].to_f32()))
         })
         .min_by_key(|&(index, _)| index);
@@ -169,14 +146,15 @@ pub fn dequantize_with<T: Element>(
     check_length("packed", layout.packed_bytes, packed.len())?;
     check_length("absmax", layout.blocks, absmax.len())?;
     let codes_per_byte = 8 / codebook.code_bits() as usize;
+    let stream = size_of_val(output) >= STREAM_BYTES;
     output
         .par_chunks_mut(TASK_ELEMENTS)
         .zip(packed.par_chunks(TASK_ELEMENTS / codes_per_byte))
         .zip(absmax.par_chunks(TASK_ELEMENTS / block_size.get()))
-        .for_each(|((output, packed), absmax)| match backend {
-            Backend::Scalar => {
-                scalar::dequantize_blocks(packed, absmax, codebook, block_size, output);
-            }
+        .for_each(|((output, packed), absmax)| {
+            task::dequantize_blocks(
+                backend, packed, absmax, codebook, block_size, output, stream,
+            );
         });
     Ok(())
 }

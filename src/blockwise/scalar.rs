@@ -90,21 +90,32 @@ pub(super) fn dequantize_blocks<T: Element>(
     block_size: BlockSize,
     output: &mut [T],
 ) {
-    let bits = codebook.code_bits();
-    let codes_per_byte = 8 / bits as usize;
-    let values = codebook.values();
-    let mask = u8::MAX >> (8 - bits);
+    let codes_per_byte = 8 / codebook.code_bits() as usize;
     let blocks = output
         .chunks_mut(block_size.get())
         .zip(packed.chunks(block_size.get() / codes_per_byte))
         .zip(absmax);
     for ((block, packed), &scale) in blocks {
-        for (elements, &byte) in block.chunks_mut(codes_per_byte).zip(packed) {
-            for (position, element) in elements.iter_mut().enumerate() {
-                let shift = 8 - bits * (position as u32 + 1);
-                let code = (byte >> shift) & mask;
-                *element = T::from_f32(values[usize::from(code)] * scale);
-            }
+        dequantize_block(packed, scale, codebook, block);
+    }
+}
+
+/// Decodes one block.
+pub(super) fn dequantize_block<T: Element>(
+    packed: &[u8],
+    scale: f32,
+    codebook: &Codebook,
+    output: &mut [T],
+) {
+    let bits = codebook.code_bits();
+    let codes_per_byte = 8 / bits as usize;
+    let values = codebook.values();
+    let mask = u8::MAX >> (8 - bits);
+    for (elements, &byte) in output.chunks_mut(codes_per_byte).zip(packed) {
+        for (position, element) in elements.iter_mut().enumerate() {
+            let shift = 8 - bits * (position as u32 + 1);
+            let code = (byte >> shift) & mask;
+            *element = T::from_f32(values[usize::from(code)] * scale);
         }
     }
 }

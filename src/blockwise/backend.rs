@@ -1,0 +1,136 @@
+//! Which instruction set does the work: found once, at run time.
+
+use std::sync::OnceLock;
+
+use crate::{Error, Result};
+
+/// Names a backend in place of the fastest one; for tests and for measuring.
+const VARIABLE: &str = "FOURBIT_SIMD";
+
+/// An instruction set that this processor can run.
+///
+/// There is no value for one that it cannot run, which is what makes the calls into SIMD code
+/// sound: whoever holds a backend has had the processor asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Backend(Kind);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+}
+
+impl Backend {
+    /// Plain Rust: the specification. Every processor runs it.
+    pub const SCALAR: Self = Self(Kind::Scalar);
+
+    /// Every backend this processor can run, the fastest last.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut available = vec![Self::SCALAR];
+        #[cfg(target_arch = "x86_64")]
+        {
+            // Processors with AVX2 and without F16C do not exist; virtual machines may hide it.
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
+                available.push(Self(Kind::Avx2));
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    available.push(Self(Kind::Avx512));
+                }
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            available.push(Self(Kind::Neon));
+        }
+        available
+    }
+
+    /// The fastest backend of this processor, or the one that the environment variable
+    /// `FOURBIT_SIMD` names. The variable is read once a process; empty is as good as unset.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] where the variable names one that cannot run here.
+    pub fn detect() -> Result<Self> {
+        static CHOSEN: OnceLock<Result<Backend, String>> = OnceLock::new();
+        let chosen = CHOSEN.get_or_init(|| {
+            let name = std::env::var_os(VARIABLE)
+                .filter(|name| !name.is_empty())
+                .map(|name| name.to_string_lossy().into_owned());
+            Self::choose(name.as_deref()).map_err(|_| name.unwrap_or_default())
+        });
+        match chosen {
+            Ok(backend) => Ok(*backend),
+            Err(name) => Self::by_name(name),
+        }
+    }
+
+    fn choose(name: Option<&str>) -> Result<Self> {
+        match name {
+            Some(name) => Self::by_name(name),
+            None => Ok(Self::available().pop().unwrap_or(Self::SCALAR)),
+        }
+    }
+
+    /// The backend of that name.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] where there is none, or this processor cannot run it.
+    pub fn by_name(name: &str) -> Result<Self> {
+        let available = Self::available();
+        available
+            .iter()
+            .copied()
+            .find(|backend| backend.name() == name)
+            .ok_or_else(|| Error::Backend {
+                name: name.to_owned(),
+                available: available.iter().map(|backend| backend.name()).collect(),
+            })
+    }
+
+    /// `scalar`, `avx2`, `avx512` or `neon`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => "neon",
+        }
+    }
+
+    pub(crate) const fn kind(self) -> Kind {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backends_are_found_by_name_and_unknown_ones_refused() {
+        for backend in Backend::available() {
+            assert_eq!(Backend::choose(Some(backend.name())).ok(), Some(backend));
+        }
+        assert_eq!(
+            Backend::choose(None).ok().as_ref(),
+            Backend::available().last()
+        );
+        let Err(Error::Backend { name, available }) = Backend::choose(Some("mmx")) else {
+            panic!("accepted");
+        };
+        assert_eq!((name.as_str(), available[0]), ("mmx", "scalar"));
+    }
+}
