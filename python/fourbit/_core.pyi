@@ -31,6 +31,7 @@ class Codebook:
     @property
     def values(self) -> list[float]: ...
 
+def simd_backends() -> list[str]: ...
 def adamw32_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -63,7 +64,6 @@ def adamw8_step(
     threads: int,
     maximize: bool = False,
 ) -> list[int]: ...
-def simd_backends() -> list[str]: ...
 def quantize(
     input: Tensor,
     codebook: Codebook,
@@ -90,6 +90,7 @@ def quantize_absmax(
 def dequantize_absmax(
     codes: Tensor, nested_absmax: Tensor, offset: float, absmax: Tensor, *, threads: int
 ) -> None: ...
+
 class _TensorReport(TypedDict):
     name: str
     action: str

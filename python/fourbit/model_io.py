@@ -1,4 +1,4 @@
-"""Models and folders: `save`, `load` and `export_merged`, and `quantize_model` before them.
+"""`save` and `load`: models and folders.
 
 The files are those of ``fourbit.convert``; this module says which tensor of a model goes where.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,15 +17,14 @@ from torch import Tensor, nn
 
 from fourbit import _core, ops
 from fourbit._core import CheckpointError
-from fourbit.codebook import Codebook, as_codebook
+from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
+from fourbit.codebook import Codebook
 from fourbit.linear import Linear4bit
-from fourbit.lora.attach import has_adapter, lora_modules
-from fourbit.lora.layer import LoraLinear, merged_weight
+from fourbit.lora.attach import has_adapter
+from fourbit.model import replace_module
 from fourbit.quantized import QuantizedTensor
 
 Model = TypeVar("Model", bound=nn.Module)
-
-DEFAULT_SHARD_BYTES = 2 << 30
 
 _FILE_DTYPES = {
     torch.float32: "F32",
@@ -45,99 +43,6 @@ _FILE_DTYPES = {
 _TORCH_DTYPES = {name: dtype for dtype, name in _FILE_DTYPES.items()}
 
 
-# --- quantize a model in memory -------------------------------------------------------------------
-
-
-def quantize_model(
-    model: Model,
-    *,
-    codebook: str | Mapping[int, float] | Codebook = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-) -> Model:
-    """Put `Linear4bit` in the place of a model's linear layers, one after the other, in place.
-
-    Output heads, routers of experts, layers tied to another module and layers smaller than one
-    block stay as they are, as ``fourbit.convert`` leaves them.
-
-    Args:
-        model: any module.
-        codebook: "nf4", "fp4", "int4", an ``{index: value}`` map or a `Codebook`.
-        block_size: elements of a weight that share a scale.
-        double_quant: whether the scales are quantized too.
-        only: glob patterns over paths of layers; others stay, and heads and routers that match do
-            not.
-        skip: glob patterns over paths of layers that stay.
-
-    Returns:
-        The model.
-
-    Raises:
-        NonFiniteError: naming the layer and the first weight that is NaN or infinite.
-        ValueError: for a pattern that matches no linear layer, or a model without any to quantize.
-    """
-    book = as_codebook(codebook)
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
-    }
-    for pattern in (*only, *skip):
-        if not any(fnmatchcase(path, pattern) for path in layers):
-            raise ValueError(f"the pattern {pattern!r} matches no linear layer of the model")
-    tied = _tied_parameters(model)
-
-    def wanted(path: str, layer: nn.Linear) -> bool:
-        if id(layer.weight) in tied or layer.weight.numel() < block_size:
-            return False
-        if any(fnmatchcase(path, pattern) for pattern in skip):
-            return False
-        if only:
-            return any(fnmatchcase(path, pattern) for pattern in only)
-        return _core.kept_module(path) is None and layer is not _output_embeddings(model)
-
-    targets = {path: layer for path, layer in layers.items() if wanted(path, layer)}
-    if not targets:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
-    for path, layer in targets.items():
-        try:
-            quantized = Linear4bit.from_linear(
-                layer, codebook=book, block_size=block_size, double_quant=double_quant
-            )
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"layer {path}: {error}") from None
-        _replace_module(model, layer, quantized.train(layer.training))
-    return model
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get: Any = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _tied_parameters(model: nn.Module) -> set[int]:
-    """The parameters that more than one module holds."""
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            (tied if id(parameter) in seen else seen).add(id(parameter))
-    return tied
-
-
-def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name that it has: layers may be shared."""
-    if old is model:
-        raise ValueError("the model is itself a linear layer; use fourbit.Linear4bit.from_linear")
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
-
-
 # --- save -----------------------------------------------------------------------------------------
 
 
@@ -145,7 +50,7 @@ def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
     """Write a quantized model to a folder: what ``fourbit.convert`` writes, from memory.
 
@@ -169,34 +74,38 @@ def save(
     layers = {
         path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)
     }
-    written: list[_Group] = []
-    for name, tensor in _untied_state(model).items():
+    written: list[TensorGroup] = []
+    for name, tensor in untied_state(model).items():
         path, _, leaf = name.rpartition(".")
         if path not in layers:
-            written.append(_plain_group(name, tensor))
+            written.append(plain_group(name, tensor))
         elif leaf == "weight":
             written.append(_quantized_group(name, layers[path]))
         elif leaf == "bias":
-            written.append(_plain_group(name, tensor))
-    _write(folder, written, max_shard_bytes, _config_files(model, layers))
+            written.append(plain_group(name, tensor))
+    write_groups(folder, written, max_shard_bytes, config_files(model, layers))
 
 
 @dataclass(frozen=True)
-class _Group:
+class TensorGroup:
     """Tensors of one file: names, dtypes and shapes, and how to get them when they are written."""
 
     entries: list[tuple[str, str, list[int]]]
     tensors: Callable[[], Iterator[Tensor]]
 
 
-def _plain_group(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> _Group:
+def plain_group(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorGroup:
+    """A tensor as it is, or cast to `dtype` when it is written."""
+
     def tensors() -> Iterator[Tensor]:
         yield tensor if dtype is None else tensor.to(dtype)
 
-    return _Group([(name, _file_dtype(name, dtype or tensor.dtype), list(tensor.shape))], tensors)
+    return TensorGroup(
+        [(name, file_dtype(name, dtype or tensor.dtype), list(tensor.shape))], tensors
+    )
 
 
-def _quantized_group(name: str, layer: Linear4bit) -> _Group:
+def _quantized_group(name: str, layer: Linear4bit) -> TensorGroup:
     quantized = layer.quantized()
     offset = quantized.nested_offset
     parts, state = _core.quantized_layout(
@@ -212,7 +121,7 @@ def _quantized_group(name: str, layer: Linear4bit) -> _Group:
         for part in parts:
             yield _part(quantized, part["part"], state)
 
-    return _Group([(part["name"], part["dtype"], part["shape"]) for part in parts], tensors)
+    return TensorGroup([(part["name"], part["dtype"], part["shape"]) for part in parts], tensors)
 
 
 def _part(quantized: QuantizedTensor, part: str, state: bytes) -> Tensor:
@@ -227,14 +136,19 @@ def _part(quantized: QuantizedTensor, part: str, state: bytes) -> Tensor:
     return tensor
 
 
-def _file_dtype(name: str, dtype: torch.dtype) -> str:
+def file_dtype(name: str, dtype: torch.dtype) -> str:
+    """The file format's name of a dtype.
+
+    Raises:
+        TypeError: naming the tensor, where there is none.
+    """
     try:
         return _FILE_DTYPES[dtype]
     except KeyError:
         raise TypeError(f"{name} is {dtype}, which the file format has no type for") from None
 
 
-def _untied_state(model: nn.Module) -> dict[str, Tensor]:
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, with tensors that share their memory under their first name alone."""
     state: dict[str, Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
@@ -251,12 +165,13 @@ def _untied_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _write(
+def write_groups(
     folder: str | os.PathLike[str],
-    groups: list[_Group],
+    groups: list[TensorGroup],
     max_shard_bytes: int,
     files: list[tuple[str, bytes]],
 ) -> None:
+    """Write a checkpoint; after an error or an interrupt, nothing is there that loads."""
     writer = _core.CheckpointWriter(
         Path(folder),
         [group.entries for group in groups],
@@ -275,14 +190,12 @@ def _write(
         raise
 
 
-def _config_files(
-    model: nn.Module, layers: Mapping[str, Linear4bit]
-) -> list[tuple[str, bytes]]:
+def config_files(model: nn.Module, layers: Mapping[str, Linear4bit]) -> list[tuple[str, bytes]]:
     """``config.json`` and ``generation_config.json`` of a transformers model."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return []
-    text = _without_quantization(config.to_json_string())
+    text = without_quantization(config.to_json_string())
     if layers:
         first = next(iter(layers.values()))
         skipped = [
@@ -305,7 +218,8 @@ def _config_files(
     return files
 
 
-def _without_quantization(config: str) -> str:
+def without_quantization(config: str) -> str:
+    """The text of a ``config.json`` less its ``quantization_config``."""
     fields = json.loads(config)
     fields.pop("quantization_config", None)
     return json.dumps(fields, indent=2) + "\n"
@@ -354,18 +268,17 @@ def load(
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
         assert isinstance(layer, nn.Linear)
-        place = layer.weight.device
-        tensor = tensor.to(device if place.type == "meta" else place)
+        tensor = tensor.to(device if layer.weight.is_meta else layer.weight.device)
         if isinstance(layer, Linear4bit):
             layer.set_quantized(tensor)
         else:
             new = Linear4bit.from_quantized(tensor, bias=layer.bias)
-            _replace_module(model, layer, new.train(layer.training))
-    for name, entry in plain.items():
-        tensor = read(name).view(_TORCH_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            replace_module(model, layer, new.train(layer.training))
+    for name, stored_as in plain.items():
+        data = read(name).view(_TORCH_DTYPES[stored_as["dtype"]]).reshape(stored_as["shape"])
         target = state[name]
         place = torch.device(device) if target.is_meta else target.device
-        _assign(model, target, tensor.to(device=place, dtype=target.dtype))
+        _assign(model, target, data.to(device=place, dtype=target.dtype))
     return model
 
 
@@ -427,7 +340,10 @@ def _check_names(
                 f"{name} is {entry['shape']}, "
                 f"and the layer {[layer.out_features, layer.in_features]}"
             )
-        packed.update(f"{path}.{leaf}" for leaf in layer.state_dict() if leaf != "bias")
+        for leaf, tensor in layer.state_dict(keep_vars=True).items():
+            if leaf != "bias":
+                packed.add(f"{path}.{leaf}")
+                filled.add(id(tensor))
     for name, entry in plain.items():
         if name not in state:
             raise refuse(f"the model has no tensor {name}")
@@ -438,117 +354,8 @@ def _check_names(
         if entry["dtype"] not in _TORCH_DTYPES:
             raise refuse(f"{name} is {entry['dtype']}, which torch has no type for")
         filled.add(id(state[name]))
-    missing = [
-        name for name, tensor in state.items() if name not in packed and id(tensor) not in filled
-    ]
+    # By identity: a tied or shared tensor is filled under any of its names.
+    missing = [name for name, tensor in state.items() if id(tensor) not in filled]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise refuse(f"it has no tensor {missing[0]}{more}")
-
-
-# --- export ---------------------------------------------------------------------------------------
-
-
-def export_merged(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    base: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
-    """Write a plain checkpoint with the adapters added to the weights they were trained on.
-
-    Each weight is dequantized, the adapter added in float32, and the sum rounded once; nothing of
-    the adapter is lost to 4 bits. Weights are made one at a time, and the model is not changed.
-
-    Args:
-        model: with adapters of ours, or without.
-        folder: a new or empty folder.
-        base: the folder whose tokenizer and other small files are copied; by default the one that
-            the model was loaded from, where that is known.
-        dtype: of all floating-point tensors; by default each weight has the dtype it had before it
-            was quantized.
-        max_shard_bytes: largest size of one file.
-
-    Raises:
-        FileExistsError: if the folder holds a checkpoint.
-        FileNotFoundError: if `base` does not exist.
-        ValueError: for a `dtype` that is not floating point.
-    """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; use bfloat16, float16 or float32")
-    adapters = lora_modules(model)
-    bases = {f"{path}.base_layer" for path in adapters}
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, Linear4bit) and path not in bases
-    }
-    groups: list[_Group] = []
-    for name, tensor in _untied_state(model).items():
-        path, _, leaf = name.rpartition(".")
-        if path in bases:
-            path = path.removesuffix(".base_layer")
-            if leaf == "weight":
-                groups.append(_merged_group(f"{path}.weight", adapters[path], dtype))
-            elif leaf == "bias":
-                groups.append(_plain_group(f"{path}.bias", tensor, _cast(tensor, dtype)))
-        elif any(path == p or path.startswith(f"{p}.") for p in adapters):
-            continue
-        elif path in layers and leaf.startswith("weight"):
-            if leaf == "weight":
-                groups.append(_dense_group(name, layers[path], dtype))
-        else:
-            groups.append(_plain_group(name, tensor, _cast(tensor, dtype)))
-    _write(folder, groups, max_shard_bytes, _plain_files(model, base, dtype))
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
-    return dtype if tensor.is_floating_point() else None
-
-
-def _merged_group(name: str, layer: LoraLinear, dtype: torch.dtype | None) -> _Group:
-    base = layer.base_layer
-    own = base.weight_dtype if isinstance(base, Linear4bit) else base.weight.dtype
-    target = dtype or own
-
-    def tensors() -> Iterator[Tensor]:
-        yield merged_weight(layer).to(target)
-
-    shape = [layer.out_features, layer.in_features]
-    return _Group([(name, _file_dtype(name, target), shape)], tensors)
-
-
-def _dense_group(name: str, layer: Linear4bit, dtype: torch.dtype | None) -> _Group:
-    target = dtype or layer.weight_dtype
-
-    def tensors() -> Iterator[Tensor]:
-        yield layer.dequantize(target)
-
-    shape = [layer.out_features, layer.in_features]
-    return _Group([(name, _file_dtype(name, target), shape)], tensors)
-
-
-def _plain_files(
-    model: nn.Module, base: str | os.PathLike[str] | None, dtype: torch.dtype | None
-) -> list[tuple[str, bytes]]:
-    """The base's small files, with a configuration that knows nothing of quantization."""
-    config: Any = getattr(model, "config", None)
-    if base is None:
-        known = Path(getattr(config, "_name_or_path", "") or "")
-        base = known if (known / "config.json").is_file() else None
-    files: dict[str, bytes] = {}
-    if base is not None:
-        folder = Path(base)
-        files = {name: (folder / name).read_bytes() for name in _core.small_files(folder)}
-        files["config.json"] = (folder / "config.json").read_bytes()
-    elif hasattr(config, "to_json_string"):
-        files = dict(_config_files(model, {}))
-    if "config.json" in files:
-        fields = json.loads(_without_quantization(files["config.json"].decode()))
-        for key in ("dtype", "torch_dtype"):
-            if dtype is not None and key in fields:
-                fields[key] = str(dtype).removeprefix("torch.")
-        files["config.json"] = (json.dumps(fields, indent=2) + "\n").encode()
-    return list(files.items())

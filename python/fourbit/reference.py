@@ -257,7 +257,7 @@ def adamw_float32(
     step_size = constant(lr / (1 - betas[0] ** step))
     correction = constant(1 / math.sqrt(1 - betas[1] ** step))
     new = new * constant(1 - lr * weight_decay)
-    # Torch's float32 square root may be one ulp off; through float64 it is the nearest.
+    # torch's float32 square root is not always the nearest number; by way of float64 it is.
     root = exp_avg_sq.double().sqrt().float()
     new = new - step_size * (exp_avg / (root * correction + constant(eps)))
     return new.to(parameter.dtype), exp_avg, exp_avg_sq
@@ -319,6 +319,6 @@ def adamw8(
         quantize(moment, values, OPTIMIZER_BLOCK_SIZE)
         for moment, values in zip(moments, maps, strict=True)
     )
-    # A second moment that is not zero never takes code 0, or its element would run away.
+    # A second moment that is not zero never takes the code of zero, or its element would run away.
     codes_sq[(moments[1].reshape(-1) > 0) & (codes_sq == 0)] = 1
     return parameter, codes.reshape(shape), absmax, codes_sq.reshape(shape), absmax_sq

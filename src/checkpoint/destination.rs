@@ -211,7 +211,7 @@ impl Destination {
 
 /// Whether a name is one that only this crate writes.
 fn is_ours(name: &str) -> bool {
-    names::is_shard(name)
+    names::parse_shard(name).is_some()
         || names::is_temporary(name)
         || [names::INDEX, names::MANIFEST, names::PARTIAL].contains(&name)
 }

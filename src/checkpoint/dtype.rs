@@ -93,13 +93,14 @@ impl FileDtype {
     /// [`Error::Overflow`] where 64 bits cannot count its elements or bits, even where another
     /// dimension is 0.
     pub fn tensor_bytes(self, shape: &[u64]) -> Result<Option<u64>> {
+        let overflow = || Error::Overflow {
+            shape: shape.to_vec(),
+        };
         let nonzero: Vec<u64> = shape.iter().copied().filter(|&dim| dim != 0).collect();
-        element_count(&nonzero)?;
+        element_count(&nonzero).map_err(|_| overflow())?;
         let bits = element_count(shape)?
             .checked_mul(self.bits())
-            .ok_or_else(|| Error::Overflow {
-                shape: shape.to_vec(),
-            })?;
+            .ok_or_else(overflow)?;
         Ok(bits.is_multiple_of(8).then_some(bits / 8))
     }
 }

@@ -74,6 +74,7 @@ impl Folder {
         let text = index_file.read_text()?;
         let index = Index::parse(&text).map_err(|error| error.in_file(index_file.path()))?;
         let shard_names: BTreeSet<&String> = index.weight_map.values().collect();
+        check_complete(&shard_names).map_err(|error| error.in_file(index_file.path()))?;
         let shards = shard_names
             .into_iter()
             .map(|name| Shard::open(path, name))
@@ -193,6 +194,23 @@ impl Folder {
         };
         read().map_err(|error| error.in_tensor(name).in_file(shard.file.path()))
     }
+}
+
+/// Shards whose names count them are all named: an index that lost entries may have lost all of
+/// a shard's.
+fn check_complete(shard_names: &BTreeSet<&String>) -> Result<()> {
+    let numbers: BTreeSet<(usize, usize)> = shard_names
+        .iter()
+        .filter_map(|name| names::parse_shard(name))
+        .collect();
+    for &(_, count) in &numbers {
+        let missing = (1..=count).find(|&index| !numbers.contains(&(index, count)));
+        if let Some(index) = missing {
+            let shard = names::shard(index - 1, count);
+            return Err(CheckpointProblem::ShardNotIndexed { shard }.into());
+        }
+    }
+    Ok(())
 }
 
 /// Why a folder has no weights.

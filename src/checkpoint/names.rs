@@ -37,19 +37,18 @@ pub fn shard(index: usize, count: usize) -> String {
     format!("model-{:05}-of-{count:05}.safetensors", index + 1)
 }
 
-/// Whether a name is one that [`shard`] gives.
+/// The inverse of [`shard`]: index (from 1) and count.
 #[must_use]
-pub fn is_shard(name: &str) -> bool {
-    let Some((index, count)) = name
-        .strip_prefix("model-")
-        .and_then(|rest| rest.strip_suffix(".safetensors"))
-        .and_then(|rest| rest.split_once("-of-"))
-    else {
-        return false;
+pub fn parse_shard(name: &str) -> Option<(usize, usize)> {
+    let (index, count) = name
+        .strip_prefix("model-")?
+        .strip_suffix(".safetensors")?
+        .split_once("-of-")?;
+    let number = |digits: &str| {
+        let good = digits.len() >= 5 && digits.bytes().all(|byte| byte.is_ascii_digit());
+        digits.parse().ok().filter(|_| good)
     };
-    [index, count]
-        .iter()
-        .all(|digits| digits.len() >= 5 && digits.bytes().all(|byte| byte.is_ascii_digit()))
+    Some((number(index)?, number(count)?))
 }
 
 /// The name under which a file is written before it is complete.
@@ -211,8 +210,11 @@ mod tests {
     #[test]
     fn shards_are_recognised() {
         assert_eq!(shard(0, 2), "model-00001-of-00002.safetensors");
-        assert!(is_shard(&shard(123_456, 200_000)));
-        assert!(!is_shard("model-1-of-2.safetensors"));
+        assert_eq!(
+            parse_shard(&shard(123_456, 200_000)),
+            Some((123_457, 200_000))
+        );
+        assert_eq!(parse_shard("model-1-of-2.safetensors"), None);
         assert!(is_temporary(&temporary("x")) && !is_temporary("x"));
     }
 }

@@ -168,6 +168,12 @@ pub enum CheckpointProblem {
         /// Where the index says.
         indexed: Option<String>,
     },
+    /// An index that leaves out one of the shards that the others' names count.
+    #[error("it names no tensor of the shard {shard:?}")]
+    ShardNotIndexed {
+        /// Which one.
+        shard: String,
+    },
     /// A shard left over from another checkpoint.
     #[error("the index does not name it: it is left over from another checkpoint")]
     StrayShard,

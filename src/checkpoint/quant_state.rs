@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn the_text_is_that_of_bitsandbytes() {
         assert_eq!(
-            state(Some(0.086_967_468)).to_json(),
+            state(Some(f32::from_bits(0x3db2_1c00))).to_json(),
             "{\"quant_type\": \"nf4\", \"blocksize\": 64, \"dtype\": \"bfloat16\", \
              \"shape\": [64, 128], \"nested_blocksize\": 256, \"nested_dtype\": \"float32\", \
              \"nested_offset\": 0.08696746826171875}"

@@ -148,7 +148,9 @@ fn check_ours(folder: &Folder, manifest: &Manifest) -> Result<()> {
     for entry in entries {
         let entry = entry.map_err(|error| Error::from(error).in_file(folder.path()))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if names::is_shard(&name) && !folder.shards().iter().any(|shard| shard.name == name) {
+        if names::parse_shard(&name).is_some()
+            && !folder.shards().iter().any(|shard| shard.name == name)
+        {
             return Err(Error::from(CheckpointProblem::StrayShard).in_file(entry.path()));
         }
     }

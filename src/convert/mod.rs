@@ -9,6 +9,7 @@
 mod files;
 mod jobs;
 mod pipeline;
+mod quantizer;
 pub mod rules;
 mod scales;
 

@@ -4,6 +4,7 @@
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::Path;
 
+use rayon::ThreadPool;
 use tempfile::SpooledTempFile;
 
 use crate::Result;
@@ -36,12 +37,13 @@ impl Scales {
         Ok(self.spool.write_all(bytemuck::cast_slice(scales))?)
     }
 
-    /// Quantizes all scales, giving `write` codes and nested scales part by part. Returns the
-    /// offset.
+    /// Quantizes all scales on the pool, giving `write` codes and nested scales part by part.
+    /// Returns the offset; None where `write` gave up.
     pub(super) fn finish(
         mut self,
-        write: &mut dyn FnMut(Vec<u8>, Vec<u8>) -> Result<()>,
-    ) -> Result<f32> {
+        pool: &ThreadPool,
+        write: &mut dyn FnMut(Vec<u8>, Vec<u8>) -> bool,
+    ) -> Result<Option<f32>> {
         let offset = self.mean.mean();
         self.spool.rewind()?;
         let mut left = self.count;
@@ -51,11 +53,13 @@ impl Scales {
             self.spool
                 .read_exact(bytemuck::cast_slice_mut(&mut scales))?;
             let mut codes = vec![0; count];
-            let mut nested_absmax = vec![0.0_f32; count.div_ceil(NESTED_BLOCK_SIZE.get())];
-            quantize_with_offset(&scales, offset, &mut codes, &mut nested_absmax)?;
-            write(codes, bytemuck::cast_slice(&nested_absmax).to_vec())?;
+            let mut nested = vec![0.0_f32; count.div_ceil(NESTED_BLOCK_SIZE.get())];
+            pool.install(|| quantize_with_offset(&scales, offset, &mut codes, &mut nested))?;
+            if !write(codes, bytemuck::cast_slice(&nested).to_vec()) {
+                return Ok(None);
+            }
             left -= count as u64;
         }
-        Ok(offset)
+        Ok(Some(offset))
     }
 }

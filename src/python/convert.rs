@@ -61,8 +61,6 @@ impl From<TensorRecord> for TensorReport {
 #[pyfunction]
 #[pyo3(signature = (source, destination, *, codebook, block_size, double_quant, only, skip,
                     max_shard_bytes, chunk_bytes, threads, progress=None))]
-// Keyword-only in Python, one for each option of the core.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn convert(
     py: Python<'_>,
     source: PathBuf,

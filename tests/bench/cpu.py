@@ -206,9 +206,7 @@ def convert_rows(layers: int) -> list[dict[str, object]]:
         ours, theirs = [], []
         for turn in range(3):
             for work, results in (("fourbit", ours), ("bitsandbytes", theirs)):
-                results.append(
-                    in_fresh_process(work, folder / "source", folder / f"{work}-{turn}")
-                )
+                results.append(in_fresh_process(work, folder / "source", folder / f"{work}-{turn}"))
     mine, peer = (statistics.median(r["seconds"] for r in results) for results in (ours, theirs))
     return [
         {

@@ -1,5 +1,7 @@
 //! AdamW against a plain double-precision one, and its bytes against one thread in plain Rust.
 
+#![allow(clippy::expect_used, clippy::panic)]
+
 use fourbit::optimizer::{AdamW, Floats, FloatsMut, Parameter, STATE_BLOCK_SIZE, State, step_with};
 use fourbit::{Backend, Codebook, Error};
 use half::{bf16, f16};
@@ -170,18 +172,15 @@ fn blockwise_state_is_decoded_updated_and_encoded_by_the_rule() {
         let old = |which: usize, map: &Codebook, at: usize| {
             map.values()[usize::from(before.codes[which][at])] * before.absmax[which][at / 256]
         };
-        let mut moments = [vec![0.0_f32; length], vec![0.0_f32; length]];
-        for at in 0..length {
+        let mut moments = [Vec::new(), Vec::new()];
+        let numbers = before.values.wide().into_iter().zip(gradient.wide());
+        for (at, ((p, g), got)) in numbers.zip(held.values.wide()).enumerate() {
             let (m, v) = (old(0, signed, at), old(1, unsigned, at));
-            let g = gradient.wide()[at];
-            let p = before.values.wide()[at];
             let [p, m, v] = textbook(&SETTINGS, p, g, f64::from(m), f64::from(v), step);
             // Three roundings of a number of at most 1, and of an update of at most 0.03.
-            assert!(
-                (held.values.wide()[at] - p).abs() < 2.0_f64.powi(-23),
-                "{step} {at}"
-            );
-            (moments[0][at], moments[1][at]) = (m as f32, v as f32);
+            assert!((got - p).abs() < 2.0_f64.powi(-23), "{step} {at}");
+            moments[0].push(m as f32);
+            moments[1].push(v as f32);
         }
         for (which, map) in [signed, unsigned].into_iter().enumerate() {
             for (block, moments) in moments[which].chunks(256).enumerate() {
@@ -213,7 +212,7 @@ fn train(backend: Backend, threads: usize, seed: u32, lengths: &[usize]) -> Vec<
         .map(|(index, &length)| {
             let seed = seed.wrapping_add(index as u32);
             let values = Numbers::new(seed as usize / 2, &numbers(seed, length));
-            Held::new(values, if seed % 2 == 0 { 8 } else { 32 })
+            Held::new(values, if seed.is_multiple_of(2) { 8 } else { 32 })
         })
         .collect();
     let pool = rayon::ThreadPoolBuilder::new()

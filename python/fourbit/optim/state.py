@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit import _core
 from fourbit.optim.sharded import is_distributed, local, placements, zero_scales
 
 BLOCK_SIZE = 256
@@ -34,13 +33,7 @@ BLOCK_SIZE = 256
 MIN_8BIT_ELEMENTS = 4096
 """Smaller parameters keep 32-bit state: it costs little, and they are often the sensitive ones."""
 
-MAPS = {"exp_avg": "dynamic-signed", "exp_avg_sq": "dynamic-unsigned"}
-"""The moments, and the 8-bit map of each."""
-
-ZERO_CODES = {
-    moment: _core.Codebook.by_name(codebook).values.index(0.0) for moment, codebook in MAPS.items()
-}
-"""The codes of zero in these maps."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 State = dict[str, Tensor]
 
@@ -51,15 +44,14 @@ def bits_for(param: Tensor, state_bits: int) -> int:
 
 
 def new_state(param: Tensor, bits: int) -> State:
-    """The state before the first step: all moments zero."""
+    """The state before the first step. Codes with a scale of 0 are zeros, whatever they are."""
     state = {"step": torch.tensor(0.0, dtype=torch.float32)}
-    for moment in MAPS:
+    for moment in MOMENTS:
         dtype = torch.float32 if bits == 32 else torch.uint8
         state[moment] = torch.zeros_like(
             param, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False
         )
         if bits == 8:
-            state[moment].fill_(ZERO_CODES[moment])
             state[f"{moment}_absmax"] = zero_scales(param, BLOCK_SIZE)
     return state
 
@@ -111,7 +103,7 @@ def _restored_field(fresh: Tensor, value: Any, field: str, where: str) -> Tensor
         )
     if is_distributed(value) != is_distributed(fresh) or placements(value) != placements(fresh):
         raise ValueError(f"optimizer state {where} is not sharded as the parameter is")
-    narrow = field in MAPS and fresh.dtype == torch.float32
+    narrow = field in MOMENTS and fresh.dtype == torch.float32
     allowed = {fresh.dtype, *((torch.float16, torch.bfloat16) if narrow else ())}
     if value.dtype not in allowed and field != "step":
         raise ValueError(
