@@ -241,7 +241,8 @@ fn train(backend: Backend, threads: usize, seed: u32, lengths: &[usize]) -> Vec<
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 60, failure_persistence: None, ..ProptestConfig::default()
+        // Fewer where the machine is emulated.
+        cases: if cfg!(target_arch = "x86_64") { 60 } else { 8 }, failure_persistence: None, ..ProptestConfig::default()
     })]
 
     #[test]
