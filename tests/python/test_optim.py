@@ -166,8 +166,8 @@ def test_8_bit_trains_as_well_as_torch():
     targets = inputs @ truth + torch.randn(512, 128, generator=source)
     losses = []
     for make in (
-        lambda params: torch.optim.AdamW(params, lr=2e-2),
-        lambda params: PagedAdamW(params, lr=2e-2, state_bits=8),
+        lambda params: torch.optim.AdamW(params, lr=5e-2),
+        lambda params: PagedAdamW(params, lr=5e-2, state_bits=8),
     ):
         weight = nn.Parameter(torch.zeros(64, 128))
         optimizer = make([weight])
