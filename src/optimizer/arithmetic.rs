@@ -12,10 +12,11 @@ pub(super) struct Constants {
     /// What weight decay leaves of a parameter.
     keep: f32,
     beta1: f32,
+    /// Negative to ascend: it turns the gradient around, and the first moment with it, as torch's.
     one_minus_beta1: f32,
     beta2: f32,
     one_minus_beta2: f32,
-    /// The learning rate with the first bias correction; negative to go down.
+    /// The learning rate with the first bias correction, negative.
     stride: f32,
     /// The second bias correction.
     second_correction: f32,
@@ -28,14 +29,19 @@ impl Constants {
     #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
     pub(super) fn new(settings: &AdamW, step: u64) -> Self {
         let step = step as f64;
-        let stride = settings.lr / (1.0 - settings.beta1.powf(step));
+        let stride = -settings.lr / (1.0 - settings.beta1.powf(step));
+        let one_minus_beta1 = 1.0 - settings.beta1;
         Self {
             keep: (1.0 - settings.lr * settings.weight_decay) as f32,
             beta1: settings.beta1 as f32,
-            one_minus_beta1: (1.0 - settings.beta1) as f32,
+            one_minus_beta1: if settings.maximize {
+                -one_minus_beta1
+            } else {
+                one_minus_beta1
+            } as f32,
             beta2: settings.beta2 as f32,
             one_minus_beta2: (1.0 - settings.beta2) as f32,
-            stride: if settings.maximize { stride } else { -stride } as f32,
+            stride: stride as f32,
             second_correction: (1.0 / (1.0 - settings.beta2.powf(step)).sqrt()) as f32,
             eps: settings.eps as f32,
         }
