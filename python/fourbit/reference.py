@@ -279,7 +279,8 @@ def adamw8(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`adamw_float32` with blockwise 8-bit moments (arXiv 2110.02861).
 
-    The parameter takes its step with the new moments as they are before they are rounded.
+    The parameter takes its step with the new moments as they are before they are rounded. A second
+    moment above 0 is never rounded to 0: the first would be divided by `eps` alone.
 
     Args:
         parameter: any shape.
@@ -319,4 +320,5 @@ def adamw8(
         quantize(moment, values, OPTIMIZER_BLOCK_SIZE)
         for moment, values in zip(moments, maps, strict=True)
     )
+    codes_sq = torch.where(moments[1].reshape(-1) > 0, codes_sq.clamp(min=1), codes_sq)
     return parameter, codes.reshape(shape), absmax, codes_sq.reshape(shape), absmax_sq

@@ -13,15 +13,13 @@
 //! ```
 //!
 //! The 8-bit state is decoded, updated as above and encoded again, block by block of 256: `m` by
-//! the signed dynamic map, `v` by the unsigned one, each to the nearest value. The parameter is
-//! updated from `m` and `v` before they are rounded, as published.
-//!
-//! What the 8-bit state cannot hold: a second moment below `1.6e-7` of its block's largest becomes
-//! 0, while the first moment of the same element (`4e-4` of its block's largest, if the gradient is
-//! steady) is kept. As long as gradients keep coming, `(1 - beta2) * g * g` carries the
-//! denominator. An element whose gradient then turns to exactly 0 moves by `lr * m / eps`, fading
-//! with `beta1^t`: keep `eps` well above the gradients' rounding noise, or such parameters (sparse
-//! embeddings are the usual case) in 32 bits.
+//! the signed dynamic map, `v` by the unsigned one, each to the nearest value, but for one rule: a
+//! second moment above 0 takes the smallest code above 0 at least. Rounded to 0, it would leave the
+//! first moment of its element (which lives on down to `3e-7` of its block's largest, while
+//! `v`, a square, vanishes with gradients below `4e-4` of the largest) divided by `eps` alone
+//! wherever the next gradients are 0, as in rarely used rows of an embedding: a step thousands of
+//! times too long. Rounded up, it shortens the step. The parameter is updated from `m` and `v`
+//! before they are rounded, as published.
 
 mod arithmetic;
 mod floats;
@@ -366,9 +364,18 @@ impl Task<'_> {
                     let finite = coders.exp_avg.encode(m, m_codes, m_absmax)
                         & coders.exp_avg_sq.encode(v, v_codes, v_absmax);
                     debug_assert!(finite);
+                    keep_above_zero(v, v_codes);
                 }
             }
             values.write(backend, p);
         }
+    }
+}
+
+/// Gives numbers above 0 a code above 0. Code 0 of the unsigned map is 0, and code 1 the smallest
+/// value above.
+fn keep_above_zero(numbers: &[f32], codes: &mut [u8]) {
+    for (code, &number) in codes.iter_mut().zip(numbers) {
+        *code = (*code).max(u8::from(number > 0.0));
     }
 }
