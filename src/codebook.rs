@@ -219,6 +219,14 @@ impl Codebook {
         &self.values
     }
 
+    /// The values by code up to the last code defined, as files store them; NaN for a code that
+    /// the map does not define.
+    #[must_use]
+    pub fn table(&self) -> &[f32] {
+        let last = self.values.iter().rposition(|value| !value.is_nan());
+        &self.values[..last.map_or(0, |last| last + 1)]
+    }
+
     /// Midpoints between neighbouring distinct values, ascending.
     #[must_use]
     pub fn midpoints(&self) -> &[f32] {

@@ -6,6 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::CheckpointProblem;
+
 /// What every fallible function of the crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -21,6 +23,10 @@ pub enum Error {
         /// The element itself.
         value: f32,
     },
+
+    /// A block scale so near the largest number that 8 bits round it to infinity.
+    #[error("a weight is too large for its scale to be quantized; use double_quant=False")]
+    ScaleOverflow,
 
     /// A block size outside the format.
     #[error("block size {got} is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096")]
@@ -63,6 +69,47 @@ pub enum Error {
         name: String,
         /// Those that can be used.
         available: Vec<&'static str>,
+    },
+
+    /// A checkpoint file or folder that is damaged, incomplete or of an unknown format.
+    #[error("{0}")]
+    Checkpoint(#[from] CheckpointProblem),
+
+    /// A folder that must not be written to.
+    #[error("{0}")]
+    Destination(#[from] DestinationProblem),
+
+    /// Too little room on the disk, found before anything was written.
+    #[error("{needed} bytes are needed on its disk and {available} are free; make room")]
+    NoSpace {
+        /// What the result takes.
+        needed: u64,
+        /// What is there.
+        available: u64,
+    },
+
+    /// A pattern or another option that cannot be used.
+    #[error("option {option} = {value:?}: {problem}")]
+    Option {
+        /// Name of the option.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        problem: OptionProblem,
+    },
+
+    /// The caller asked to stop.
+    #[error("stopped; run the same conversion again, and it continues where it was")]
+    Interrupted,
+
+    /// Tensors given to a writer in another order or number than planned.
+    #[error("tensor {got:?} was written where {expected:?} is next in the plan")]
+    WriteOrder {
+        /// The next one of the plan, if any.
+        expected: Option<String>,
+        /// What came; None where the writer was finished early.
+        got: Option<String>,
     },
 
     /// A setting of the optimizer outside its range.
@@ -126,6 +173,66 @@ pub enum CodebookProblem {
     /// All values are the same.
     #[error("it holds a single distinct value")]
     SingleValue,
+}
+
+/// Why a folder must not be written to.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DestinationProblem {
+    /// It holds files that are not ours.
+    #[error("the folder is not empty (it holds {example:?}); give a new or empty one")]
+    NotEmpty {
+        /// One of its files.
+        example: String,
+    },
+    /// It holds a finished conversion of something else.
+    #[error("the folder holds a finished conversion of another model or with other options")]
+    OtherConversion,
+    /// It holds an unfinished conversion of something else.
+    #[error(
+        "the folder holds an unfinished conversion of another model or with other options; delete \
+         the folder, or run that conversion again"
+    )]
+    OtherUnfinished,
+    /// It is the source.
+    #[error("source and destination are the same folder")]
+    SameAsSource,
+    /// Another process is writing to it.
+    #[error("another process is writing to the folder")]
+    Locked,
+    /// It exists and is no folder.
+    #[error("it exists and is not a folder")]
+    NotAFolder,
+}
+
+/// What can be wrong with an option.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OptionProblem {
+    /// A glob that cannot be parsed.
+    #[error("it is not a glob: {0}")]
+    Glob(String),
+    /// A glob without effect: most likely a typing error.
+    #[error("it matches no tensor of the model")]
+    MatchesNothing,
+    /// A number outside its range.
+    #[error("it must be at least {least}")]
+    TooSmall {
+        /// The bound.
+        least: u64,
+    },
+    /// A name that cannot be a part of a tensor name.
+    #[error("it must be 1 to 64 letters, digits, hyphens or underscores")]
+    Name,
+    /// A dtype that is not in the safetensors format.
+    #[error("it is no safetensors dtype")]
+    Dtype,
+    /// A file name that leaves the folder or is reserved.
+    #[error("it must be a plain file name that the checkpoint itself does not use")]
+    FileName,
+    /// A thread pool that could not be made.
+    #[error("the threads cannot be started: {0}")]
+    Threads(String),
 }
 
 impl Error {

@@ -1,18 +1,21 @@
 """The Rust core. Private: everything public is in the modules of ``fourbit``."""
 
+from collections.abc import Callable
+from os import PathLike
+from typing import TypedDict, final
+
 from torch import Tensor
 
 __version__: str
 
-class NonFiniteError(ValueError):
-    """A weight to be quantized is NaN or infinite; the message names the element."""
-
 class CheckpointError(ValueError):
     """A checkpoint folder or file is damaged, incomplete or of an unknown format."""
 
-class Codebook:
-    """A map from codes to values in [-1, 1]."""
+class NonFiniteError(ValueError):
+    """A weight to be quantized is NaN or infinite; the message names the element."""
 
+@final
+class Codebook:
     @staticmethod
     def by_name(name: str) -> Codebook: ...
     @staticmethod
@@ -87,3 +90,116 @@ def quantize_absmax(
 def dequantize_absmax(
     codes: Tensor, nested_absmax: Tensor, offset: float, absmax: Tensor, *, threads: int
 ) -> None: ...
+
+class _TensorReport(TypedDict):
+    name: str
+    action: str
+    reason: str
+    dtype: str
+    shape: list[int]
+    bytes_before: int
+    bytes_after: int
+
+class _ConversionReport(TypedDict):
+    tensors: list[_TensorReport]
+    copied: list[str]
+    skipped: list[tuple[str, str]]
+    bytes_before: int
+    bytes_after: int
+    shards: int
+    shards_kept: int
+    already_complete: bool
+    seconds: float
+
+class _VerifyReport(TypedDict):
+    shards: int
+    tensors: int
+    quantized: int
+    bytes: int
+    files: int
+    checksums: bool
+
+class _TensorEntry(TypedDict):
+    name: str
+    dtype: str
+    shape: list[int]
+    bytes: int
+    file: str
+    checksum: str | None
+
+class _QuantizedEntry(TypedDict):
+    name: str
+    codebook: Codebook
+    block_size: int
+    dtype: str
+    shape: list[int]
+    double_quant: bool
+    nested_offset: float | None
+    parts: dict[str, str]
+
+class _PartEntry(TypedDict):
+    part: str
+    name: str
+    dtype: str
+    shape: list[int]
+
+@final
+class CheckpointReader:
+    def __new__(cls, path: str | PathLike[str]) -> CheckpointReader: ...
+    def tensors(self) -> list[_TensorEntry]: ...
+    def quantized(self) -> list[_QuantizedEntry]: ...
+    def read_into(self, name: str, output: Tensor, *, verify: bool = True) -> None: ...
+    @property
+    def metadata(self) -> dict[str, dict[str, str]]: ...
+    @property
+    def format_version(self) -> int | None: ...
+
+@final
+class CheckpointWriter:
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        groups: list[list[tuple[str, str, list[int]]]],
+        *,
+        max_shard_bytes: int,
+        files: list[tuple[str, bytes]],
+    ) -> CheckpointWriter: ...
+    def write(self, name: str, tensor: Tensor) -> None: ...
+    def finish(self) -> None: ...
+    def discard(self) -> None: ...
+
+def quantized_layout(
+    weight: str,
+    *,
+    codebook: Codebook,
+    block_size: int,
+    dtype: str,
+    shape: list[int],
+    nested_offset: float | None = None,
+) -> tuple[list[_PartEntry], bytes]: ...
+def add_quantization_config(
+    config: str,
+    *,
+    codebook: Codebook,
+    block_size: int,
+    double_quant: bool,
+    dtype: str,
+    skipped: list[str],
+) -> str: ...
+def convert(
+    source: str | PathLike[str],
+    destination: str | PathLike[str],
+    *,
+    codebook: Codebook,
+    block_size: int,
+    double_quant: bool,
+    only: list[str],
+    skip: list[str],
+    max_shard_bytes: int,
+    chunk_bytes: int,
+    threads: int,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> _ConversionReport: ...
+def verify(path: str | PathLike[str], *, threads: int) -> _VerifyReport: ...
+def kept_module(name: str) -> str | None: ...
+def small_files(folder: str | PathLike[str]) -> list[str]: ...

@@ -53,9 +53,14 @@ class Codebook:
             raise ValueError(f"another codebook named {core.name!r} exists; choose another name")
 
     @classmethod
-    def _built_in(cls, name: str) -> Codebook:
+    def from_core(cls, core: _core.Codebook) -> Codebook:
+        """The Python twin of a codebook that the core read from a file.
+
+        Raises:
+            ValueError: if another codebook of that name exists in this process.
+        """
         codebook = cls.__new__(cls)
-        codebook._set(_core.Codebook.by_name(name))
+        codebook._set(core)
         return codebook
 
     @property
@@ -115,7 +120,7 @@ def _restore(entries: dict[int, float], ties: Ties, name: str) -> Codebook:
 
 _registry: dict[str, Codebook] = {}
 for _name in BUILT_IN:
-    Codebook._built_in(_name)
+    Codebook.from_core(_core.Codebook.by_name(_name))
 
 
 def by_name(name: str) -> Codebook:

@@ -398,7 +398,8 @@ def linear(
         [..., out_features] in the dtype of the computation.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point():
+    # The meta device knows no autocast and would raise.
+    if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point():
         x = x.to(torch.get_autocast_dtype(device))
     weight = (packed, absmax, nested_absmax, nested_offset)
     layout = (codebook, block_size, out_features, in_features)

@@ -1,10 +1,16 @@
 //! The one place where [`crate::Error`] becomes a Python exception.
 
 use pyo3::create_exception;
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::{
+    PyBlockingIOError, PyFileExistsError, PyKeyboardInterrupt, PyOSError, PyValueError,
+};
 use pyo3::prelude::*;
 
 use crate::Error;
+use crate::error::DestinationProblem;
+
+/// `errno.ENOSPC`, the same on Linux, macOS and Windows.
+const ENOSPC: i32 = 28;
 
 create_exception!(
     fourbit,
@@ -25,6 +31,18 @@ pub(super) fn to_python(error: &Error) -> PyErr {
     match error.root() {
         Error::NonFinite { .. } => NonFiniteError::new_err(message),
         Error::Io(source) => os_error(source, message),
+        Error::Checkpoint(_) => CheckpointError::new_err(message),
+        // Values that are wrong in a file, not in a call.
+        Error::Overflow { .. } | Error::BlockSize { .. } | Error::Codebook { .. }
+            if matches!(error, Error::File { .. }) =>
+        {
+            CheckpointError::new_err(message)
+        }
+        Error::Destination(DestinationProblem::SameAsSource) => PyValueError::new_err(message),
+        Error::Destination(DestinationProblem::Locked) => PyBlockingIOError::new_err(message),
+        Error::Destination(_) => PyFileExistsError::new_err(message),
+        Error::NoSpace { .. } => PyOSError::new_err((ENOSPC, message)),
+        Error::Interrupted => PyKeyboardInterrupt::new_err(message),
         _ => PyValueError::new_err(message),
     }
 }

@@ -3,6 +3,8 @@
 //! Every function does four things: extract the arguments, release the GIL, call the core,
 //! convert the result. Tensors come in as torch objects, see [`tensor`].
 
+mod checkpoint;
+mod convert;
 mod errors;
 mod optimizer;
 mod quantize;
@@ -14,6 +16,12 @@ use pyo3::prelude::*;
 /// The Rust core of fourbit. Private: use the `fourbit` package.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::checkpoint::{
+        CheckpointReader, CheckpointWriter, add_quantization_config, quantized_layout, verify,
+    };
+    #[pymodule_export]
+    use super::convert::{convert, kept_module, small_files};
     #[pymodule_export]
     use super::errors::{CheckpointError, NonFiniteError};
     #[pymodule_export]

@@ -10,7 +10,7 @@ use crate::{Backend, BlockSize, blockwise, codebook, double_quant};
 
 /// A map from codes to values in [-1, 1].
 #[pyclass(frozen, module = "fourbit._core")]
-pub(super) struct Codebook(codebook::Codebook);
+pub(super) struct Codebook(pub(super) codebook::Codebook);
 
 #[pymethods]
 impl Codebook {

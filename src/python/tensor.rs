@@ -109,7 +109,7 @@ impl Tensor<'_> {
             // Torch gives empty tensors a null address, which no slice may have.
             return Ok(std::mem::align_of::<T>());
         }
-        if self.address == 0 || self.address % std::mem::align_of::<T>() != 0 {
+        if self.address == 0 || !self.address.is_multiple_of(std::mem::align_of::<T>()) {
             return Err(PyValueError::new_err(
                 "the tensor's memory is null or misaligned",
             ));

@@ -9,9 +9,11 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::{Error, Result};
 
-/// Pools by process and thread count. Threads do not survive `fork`, so a child must not use its
-/// parent's pools.
-static POOLS: Mutex<Option<HashMap<(u32, usize), Arc<ThreadPool>>>> = Mutex::new(None);
+/// Pools by process and thread count.
+type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
+
+/// Threads do not survive `fork`, so a child must not use its parent's pools.
+static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
 
 /// Releases the GIL and runs `work` on a pool of `threads` threads.
 pub(super) fn detached<T: Send>(

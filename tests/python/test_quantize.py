@@ -52,7 +52,9 @@ def test_equal_bytes_for_every_shape_and_block_size(kind, dtype, generator):
         # Every block size meets every kind and dtype; names rotate with the shape.
         block_size = BLOCK_SIZES[index % len(BLOCK_SIZES)]
         name = list(CODEBOOKS)[index % len(CODEBOOKS)]
-        assert_equals_reference(x, name, block_size, double_quant=index % 2 == 0)
+        # Scales next to the largest number may round to infinity, which is refused: see below.
+        double_quant = index % 2 == 0 and kind != "huge"
+        assert_equals_reference(x, name, block_size, double_quant=double_quant)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -98,6 +100,14 @@ def test_every_backend_and_thread_count_gives_the_same_bytes(name, generator):
         for result in results
         for got, first in zip(result, results[0], strict=True)
     )
+
+
+def test_scales_that_would_become_infinite_are_refused():
+    x = torch.full((100, 64), torch.finfo(torch.float32).max)
+    x[:40] = 0  # so that the mean is 0.6 of the largest, and the rest of it rounds up
+    with pytest.raises(ValueError, match="double_quant=False"):
+        fourbit.quantize(x)
+    assert fourbit.quantize(x, double_quant=False).dequantize().isfinite().all()
 
 
 def test_the_published_example():

@@ -1,0 +1,334 @@
+"""Checkpoint folders: convert a 16-bit one to 4 bits, verify one, look into one.
+
+The work is done in Rust, with the GIL released; see the `checkpoint` and `convert` modules of
+the crate for the format and its guarantees.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from fourbit import _core
+
+__all__ = [
+    "CheckpointInfo",
+    "ConversionReport",
+    "QuantizedWeightInfo",
+    "TensorInfo",
+    "TensorReport",
+    "VerifyReport",
+    "convert",
+    "inspect",
+    "verify",
+]
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+"""A path."""
+
+Progress: TypeAlias = Callable[[int, int, str], object]
+"""Called with the bytes of the source that are done, all of them, and the tensor under way."""
+
+DEFAULT_MAX_SHARD_BYTES = 2 << 30
+"""Bytes of an output file, where the caller does not say."""
+
+DEFAULT_CHUNK_BYTES = 64 << 20
+"""Memory for data in flight per thread, where the caller does not say."""
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor of the source.
+
+    Attributes:
+        name: Its name.
+        action: ``"quantized"`` or ``"kept"``.
+        reason: Why, in a few words.
+        dtype: Its dtype in the source, as safetensors names it (``"BF16"``).
+        shape: Its shape in the source.
+        bytes_before: Its bytes in the source.
+        bytes_after: Its bytes in the result, scales and tables included.
+    """
+
+    name: str
+    action: str
+    reason: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        tensors: What became of every tensor of the source.
+        copied: Names of the other files that were copied.
+        skipped: Names of the source's files that were not, with the reason.
+        bytes_before: Bytes of the source's weight files.
+        bytes_after: Bytes of the result's weight files.
+        shards: Number of weight files of the result.
+        shards_kept: How many of them an interrupted run had written.
+        already_complete: The result was there, and nothing was written.
+        seconds: How long it took.
+    """
+
+    tensors: tuple[TensorReport, ...]
+    copied: tuple[str, ...]
+    skipped: Mapping[str, str]
+    bytes_before: int
+    bytes_after: int
+    shards: int
+    shards_kept: int
+    already_complete: bool
+    seconds: float
+
+    @property
+    def quantized(self) -> tuple[TensorReport, ...]:
+        """The tensors that are in few bits now."""
+        return tuple(tensor for tensor in self.tensors if tensor.action == "quantized")
+
+    @property
+    def kept(self) -> tuple[TensorReport, ...]:
+        """The tensors that were copied as they were, each with its reason."""
+        return tuple(tensor for tensor in self.tensors if tensor.action == "kept")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found, all of it good.
+
+    Attributes:
+        shards: Number of weight files.
+        tensors: Number of stored tensors.
+        quantized: Number of quantized weights.
+        bytes: Bytes of the weight files.
+        files: Number of other files that were compared with their checksum.
+        checksums: Whether every byte was compared with a checksum. False for checkpoints of
+            other writers, which have none: only their structure was checked.
+    """
+
+    shards: int
+    tensors: int
+    quantized: int
+    bytes: int
+    files: int
+    checksums: bool
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor.
+
+    Attributes:
+        name: Its name.
+        dtype: Its dtype as safetensors names it (``"BF16"``).
+        shape: Its shape.
+        bytes: Its bytes.
+        file: The file it is in.
+        checksum: Its XXH3 checksum of 128 bits in hexadecimal, if its writer gave it one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    file: str
+    checksum: str | None
+
+
+@dataclass(frozen=True)
+class QuantizedWeightInfo:
+    """A quantized weight, which is stored as several tensors.
+
+    Attributes:
+        name: Its name, which is also that of its packed codes.
+        codebook: Name of its codebook.
+        block_size: Elements that share a scale.
+        dtype: Its dtype before, as torch names it (``"bfloat16"``).
+        shape: Its shape before.
+        double_quant: Whether its scales are quantized too.
+        parts: The names of the tensors it is stored as.
+    """
+
+    name: str
+    codebook: str
+    block_size: int
+    dtype: str
+    shape: tuple[int, ...]
+    double_quant: bool
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What is in a checkpoint folder.
+
+    Attributes:
+        path: Where it is.
+        format_version: Version of our additions to the format; None for other writers' folders.
+        tensors: Every stored tensor.
+        quantized: Every quantized weight.
+    """
+
+    path: Path
+    format_version: int | None
+    tensors: tuple[TensorInfo, ...] = field(repr=False)
+    quantized: tuple[QuantizedWeightInfo, ...] = field(repr=False)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
+def convert(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    codebook: str | _core.Codebook = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    only: Iterable[str] = (),
+    skip: Iterable[str] = (),
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Converts a Hugging Face checkpoint folder to 4 bits, streamed.
+
+    Weights of linear layers are quantized. Embeddings, norms, biases, output heads, routers of
+    experts and whatever is tied stay as they are. The result is a folder that bitsandbytes'
+    readers load too, with the tokenizer and other small files beside the weights.
+
+    Memory is bounded by `chunk_bytes` and `threads`, not by the model. A run that was killed or
+    stopped continues when it is called again, and ends in the same bytes. Where the finished
+    result is there already, nothing is written. The source is never opened for writing.
+
+    Args:
+        source: Folder with ``model.safetensors``, or its shards and index.
+        destination: Folder to be made, or an empty one.
+        codebook: ``"nf4"``, ``"fp4"``, ``"int4"``, or a `Codebook` of your own.
+        block_size: Elements that share a scale: a power of two from 32 to 4096.
+        double_quant: Whether the scales are quantized too.
+        only: Globs (``"*.mlp.*"``) over tensor or module names: quantize these matrices, whatever
+            their names say, and nothing else.
+        skip: Globs: leave these as they are. Wins over `only`.
+        max_shard_bytes: Bytes of an output file, at most.
+        chunk_bytes: Memory for data in flight, per thread.
+        threads: Threads that quantize; None for ``torch.get_num_threads()``. The result does not
+            depend on it.
+        progress: Called now and then, from the calling thread, with the bytes of the source that
+            are done, all of them, and the tensor under way. What it raises stops the conversion.
+
+    Raises:
+        CheckpointError: The source is damaged, quantized already, or of a format not known.
+        NonFiniteError: A weight to be quantized holds NaN or infinity.
+        FileExistsError: The destination holds something else.
+        BlockingIOError: Another process is writing to the destination.
+        OSError: A file cannot be read or written, or the disk is too small.
+        ValueError: An option is out of range, or a glob matches no tensor.
+    """
+    if isinstance(codebook, str):
+        codebook = _core.Codebook.by_name(codebook)
+    report = _core.convert(
+        Path(source),
+        Path(destination),
+        codebook=codebook,
+        block_size=block_size,
+        double_quant=double_quant,
+        only=list(only),
+        skip=list(skip),
+        max_shard_bytes=max_shard_bytes,
+        chunk_bytes=chunk_bytes,
+        threads=torch.get_num_threads() if threads is None else threads,
+        progress=progress,
+    )
+    return ConversionReport(
+        tensors=tuple(
+            TensorReport(
+                name=tensor["name"],
+                action=tensor["action"],
+                reason=tensor["reason"],
+                dtype=tensor["dtype"],
+                shape=tuple(tensor["shape"]),
+                bytes_before=tensor["bytes_before"],
+                bytes_after=tensor["bytes_after"],
+            )
+            for tensor in report["tensors"]
+        ),
+        copied=tuple(report["copied"]),
+        skipped=dict(report["skipped"]),
+        bytes_before=report["bytes_before"],
+        bytes_after=report["bytes_after"],
+        shards=report["shards"],
+        shards_kept=report["shards_kept"],
+        already_complete=report["already_complete"],
+        seconds=report["seconds"],
+    )
+
+
+def verify(path: PathLike) -> VerifyReport:
+    """Checks a checkpoint folder: every byte of it where it is ours.
+
+    Folders of other writers have no checksums; their headers, index and quantized weights are
+    checked, and the report says so.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: Something is damaged, missing or out of place; names file and tensor.
+        OSError: The folder or a file of it cannot be read.
+    """
+    return VerifyReport(**_core.verify(Path(path), threads=torch.get_num_threads()))
+
+
+def inspect(path: PathLike) -> CheckpointInfo:
+    """Lists what is in a checkpoint folder: ours, bitsandbytes' or a plain one.
+
+    Reads headers and quant states, no tensor data.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: The folder is damaged or incomplete; names file and tensor.
+        OSError: The folder or a file of it cannot be read.
+    """
+    reader = _core.CheckpointReader(Path(path))
+    return CheckpointInfo(
+        path=Path(path),
+        format_version=reader.format_version,
+        tensors=tuple(
+            TensorInfo(
+                name=tensor["name"],
+                dtype=tensor["dtype"],
+                shape=tuple(tensor["shape"]),
+                bytes=tensor["bytes"],
+                file=tensor["file"],
+                checksum=tensor["checksum"],
+            )
+            for tensor in reader.tensors()
+        ),
+        quantized=tuple(
+            QuantizedWeightInfo(
+                name=weight["name"],
+                codebook=weight["codebook"].name,
+                block_size=weight["block_size"],
+                dtype=weight["dtype"],
+                shape=tuple(weight["shape"]),
+                double_quant=weight["double_quant"],
+                parts=weight["parts"],
+            )
+            for weight in reader.quantized()
+        ),
+    )

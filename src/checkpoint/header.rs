@@ -1,0 +1,421 @@
+//! The header of a safetensors file, parsed strictly: every file is taken as hostile.
+//!
+//! Stricter than the reference reader in these ways, and never laxer: no key may stand twice, at
+//! any level; tensor entries hold `dtype`, `shape` and `data_offsets` and nothing else, as an
+//! object; tensor names are not empty and hold no control characters; a shape has at most
+//! [`MAX_DIMENSIONS`] dimensions and a file at most [`MAX_TENSORS`] tensors; the non-zero
+//! dimensions of a shape may not overflow even where another is zero; the header starts with `{`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::checksum::Checksum;
+use super::{CheckpointProblem, FileDtype};
+use crate::{Error, Result};
+
+/// Bytes of the header's length, before the header.
+pub(crate) const LENGTH_BYTES: u64 = 8;
+/// The longest header, as in the reference reader.
+pub const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// The most tensors of one file.
+pub const MAX_TENSORS: usize = 1 << 18;
+/// The most dimensions of a tensor, as in torch.
+pub const MAX_DIMENSIONS: usize = 64;
+/// The one key of a header that is no tensor.
+pub(crate) const METADATA: &str = "__metadata__";
+
+/// Bytes at positions: a file, or memory in tests.
+pub trait ReadAt {
+    /// How many bytes there are.
+    fn length(&self) -> u64;
+
+    /// Fills `buffer` with the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// Where there are not that many, or the operating system refuses.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
+}
+
+impl ReadAt for [u8] {
+    fn length(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let from = usize::try_from(offset)
+            .ok()
+            .and_then(|start| self.get(start..)?.get(..buffer.len()))
+            .ok_or(CheckpointProblem::EndedEarly)?;
+        buffer.copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// One tensor of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: FileDtype,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// Position of its first byte in the file.
+    pub offset: u64,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
+/// The header of a safetensors file whose data fits it exactly.
+#[derive(Debug, Clone)]
+pub struct Header {
+    /// The tensors in the order of their data, then by name.
+    pub tensors: Vec<TensorInfo>,
+    /// The strings under `__metadata__`.
+    pub metadata: BTreeMap<String, String>,
+    /// Position of the first data byte.
+    pub data_start: u64,
+    /// Checksum of the first `data_start` bytes of the file.
+    pub checksum: Checksum,
+}
+
+impl Header {
+    /// Reads and checks the header of a whole file.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] says what is wrong with it.
+    pub fn read(source: &(impl ReadAt + ?Sized)) -> Result<Self> {
+        let file_bytes = source.length();
+        let mut start = [0; LENGTH_BYTES as usize];
+        if file_bytes < LENGTH_BYTES {
+            return Err(CheckpointProblem::TooShort { bytes: file_bytes }.into());
+        }
+        source.read_exact_at(&mut start, 0)?;
+        let claimed = u64::from_le_bytes(start);
+        if claimed > MAX_HEADER_BYTES {
+            return Err(match other_format(start) {
+                Some(looks_like) => CheckpointProblem::NotSafetensors { looks_like },
+                None => CheckpointProblem::HeaderTooLong {
+                    claimed,
+                    limit: MAX_HEADER_BYTES,
+                },
+            }
+            .into());
+        }
+        let data_start = LENGTH_BYTES + claimed;
+        let cut_off = || CheckpointProblem::HeaderCutOff {
+            claimed,
+            bytes: file_bytes,
+        };
+        if data_start > file_bytes {
+            return Err(cut_off().into());
+        }
+        let mut text = vec![0; usize::try_from(claimed).map_err(|_| cut_off())?];
+        source.read_exact_at(&mut text, LENGTH_BYTES)?;
+        let mut hasher = Xxh3::new();
+        hasher.update(&start);
+        hasher.update(&text);
+        let (tensors, metadata) = parse(&text, data_start)?;
+        let expected = tensors
+            .last()
+            .map_or(data_start, |last| last.offset + last.bytes);
+        if expected != file_bytes {
+            return Err(CheckpointProblem::FileBytes {
+                expected,
+                got: file_bytes,
+            }
+            .into());
+        }
+        Ok(Self {
+            tensors,
+            metadata,
+            data_start,
+            checksum: Checksum::of(&hasher),
+        })
+    }
+}
+
+/// What a file's first bytes say it is, where it is a common mistake.
+fn other_format(start: [u8; 8]) -> Option<&'static str> {
+    match start {
+        [b'P', b'K', 3, 4, ..] => Some("a zip archive (a torch pickle file?)"),
+        [0x80, 2..=5, ..] => Some("a pickle file"),
+        [b'v', b'e', b'r', b's', b'i', b'o', b'n', b' '] => {
+            Some("a Git LFS pointer, not the file it points to")
+        }
+        [b'G', b'G', b'U', b'F', ..] => Some("a GGUF file"),
+        [0x89, b'H', b'D', b'F', ..] => Some("an HDF5 file"),
+        [b'<', ..] => Some("an HTML page"),
+        [b'{', ..] => Some("a JSON file"),
+        _ => None,
+    }
+}
+
+type Contents = (Vec<TensorInfo>, BTreeMap<String, String>);
+
+/// Parses the header's JSON and checks the layout it describes.
+fn parse(text: &[u8], data_start: u64) -> Result<Contents> {
+    let invalid = |reason: String| CheckpointProblem::Json {
+        what: "header",
+        reason,
+    };
+    if text.first() != Some(&b'{') {
+        return Err(invalid("it does not start with {".to_owned()).into());
+    }
+    let text = std::str::from_utf8(text).map_err(|error| invalid(error.to_string()))?;
+    let mut json = serde_json::Deserializer::from_str(text);
+    let mut raw = json
+        .deserialize_map(HeaderVisitor)
+        .and_then(|raw| json.end().map(|()| raw))
+        .map_err(|error| invalid(error.to_string()))?;
+    refuse_duplicates(&raw.tensors)?;
+    raw.tensors
+        .sort_by(|a, b| (a.offsets, &a.name).cmp(&(b.offsets, &b.name)));
+    let mut tensors = Vec::with_capacity(raw.tensors.len());
+    let mut expected = 0;
+    for entry in raw.tensors {
+        let end = entry.offsets.1;
+        tensors.push(entry.check(expected, data_start)?);
+        expected = end;
+    }
+    Ok((tensors, raw.metadata))
+}
+
+fn refuse_duplicates(entries: &[RawTensor]) -> Result<()> {
+    let mut names: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+    names.sort_unstable();
+    for (name, next) in names.iter().zip(names.iter().skip(1)) {
+        if name == next {
+            return Err(CheckpointProblem::DuplicateTensor {
+                name: (*name).to_owned(),
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// A tensor's entry as it is written.
+struct RawTensor {
+    name: String,
+    dtype: String,
+    shape: Vec<u64>,
+    offsets: (u64, u64),
+}
+
+impl RawTensor {
+    fn check(self, expected_start: u64, data_start: u64) -> Result<TensorInfo> {
+        if !is_plain(&self.name) {
+            return Err(CheckpointProblem::TensorName { name: self.name }.into());
+        }
+        let (name, shape, (start, end)) = (self.name, self.shape, self.offsets);
+        let inner = || {
+            let dtype = FileDtype::by_name(&self.dtype).ok_or(CheckpointProblem::UnknownDtype {
+                dtype: self.dtype.clone(),
+            })?;
+            if start != expected_start || end < start {
+                return Err(Error::from(CheckpointProblem::Offsets {
+                    start,
+                    end,
+                    expected: expected_start,
+                }));
+            }
+            let expected =
+                dtype
+                    .tensor_bytes(&shape)?
+                    .ok_or_else(|| CheckpointProblem::PartialByte {
+                        dtype,
+                        shape: shape.clone(),
+                    })?;
+            let bytes = end - start;
+            if bytes != expected {
+                return Err(CheckpointProblem::TensorBytes {
+                    expected,
+                    got: bytes,
+                }
+                .into());
+            }
+            let offset = data_start
+                .checked_add(start)
+                .filter(|offset| offset.checked_add(bytes).is_some());
+            let offset = offset.ok_or_else(|| Error::Overflow {
+                shape: shape.clone(),
+            })?;
+            Ok((dtype, offset, bytes))
+        };
+        match inner() {
+            Ok((dtype, offset, bytes)) => Ok(TensorInfo {
+                name,
+                dtype,
+                shape,
+                offset,
+                bytes,
+            }),
+            Err(error) => Err(error.in_tensor(name)),
+        }
+    }
+}
+
+/// Whether a name can be shown and stored: not empty, no control characters.
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.is_empty() && !name.chars().any(char::is_control)
+}
+
+struct RawHeader {
+    tensors: Vec<RawTensor>,
+    metadata: BTreeMap<String, String>,
+}
+
+struct HeaderVisitor;
+
+impl<'de> Visitor<'de> for HeaderVisitor {
+    type Value = RawHeader;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
+        let mut tensors = Vec::new();
+        let mut metadata = None;
+        while let Some(name) = map.next_key::<String>()? {
+            if name == METADATA {
+                if metadata.is_some() {
+                    return Err(A::Error::custom("__metadata__ stands twice"));
+                }
+                metadata = Some(map.next_value_seed(Strings)?);
+            } else if tensors.len() == MAX_TENSORS {
+                return Err(A::Error::custom(format_args!(
+                    "more than {MAX_TENSORS} tensors"
+                )));
+            } else {
+                tensors.push(map.next_value_seed(TensorEntry(name))?);
+            }
+        }
+        Ok(RawHeader {
+            tensors,
+            metadata: metadata.unwrap_or_default(),
+        })
+    }
+}
+
+/// An object of strings in which no key stands twice.
+pub(super) struct Strings;
+
+impl<'de> DeserializeSeed<'de> for Strings {
+    type Value = BTreeMap<String, String>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Strings {
+    type Value = BTreeMap<String, String>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object of strings")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut strings = BTreeMap::new();
+        while let Some((key, value)) = map.next_entry::<String, String>()? {
+            if strings.contains_key(&key) {
+                return Err(A::Error::custom(format_args!(
+                    "the key {key:?} stands twice"
+                )));
+            }
+            strings.insert(key, value);
+        }
+        Ok(strings)
+    }
+}
+
+/// The entry of the tensor of that name.
+struct TensorEntry(String);
+
+impl<'de> DeserializeSeed<'de> for TensorEntry {
+    type Value = RawTensor;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<RawTensor, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for TensorEntry {
+    type Value = RawTensor;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "an object for the tensor {:?}", self.0)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawTensor, A::Error> {
+        let (mut dtype, mut shape, mut offsets) = (None, None, None);
+        while let Some(key) = map.next_key::<String>()? {
+            let twice = match key.as_str() {
+                "dtype" => dtype.replace(map.next_value::<String>()?).is_some(),
+                "shape" => shape.replace(map.next_value_seed(Shape)?).is_some(),
+                "data_offsets" => offsets.replace(map.next_value::<(u64, u64)>()?).is_some(),
+                _ => {
+                    return Err(A::Error::custom(format_args!(
+                        "the tensor {:?} has an unknown field {key:?}",
+                        self.0
+                    )));
+                }
+            };
+            if twice {
+                return Err(A::Error::custom(format_args!(
+                    "the field {key:?} of the tensor {:?} stands twice",
+                    self.0
+                )));
+            }
+        }
+        let missing = |field| {
+            A::Error::custom(format_args!(
+                "the tensor {:?} has no field {field:?}",
+                self.0
+            ))
+        };
+        Ok(RawTensor {
+            dtype: dtype.ok_or_else(|| missing("dtype"))?,
+            shape: shape.ok_or_else(|| missing("shape"))?,
+            offsets: offsets.ok_or_else(|| missing("data_offsets"))?,
+            name: self.0,
+        })
+    }
+}
+
+/// A list of at most [`MAX_DIMENSIONS`] sizes.
+struct Shape;
+
+impl<'de> DeserializeSeed<'de> for Shape {
+    type Value = Vec<u64>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<u64>, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Shape {
+    type Value = Vec<u64>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a list of sizes")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<u64>, A::Error> {
+        let mut shape = Vec::new();
+        while let Some(size) = list.next_element()? {
+            if shape.len() == MAX_DIMENSIONS {
+                return Err(A::Error::custom(format_args!(
+                    "a shape of more than {MAX_DIMENSIONS} dimensions"
+                )));
+            }
+            shape.push(size);
+        }
+        Ok(shape)
+    }
+}

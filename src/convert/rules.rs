@@ -1,0 +1,346 @@
+//! What is quantized: decided from names, shapes and types alone, since only headers are known.
+
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+
+use crate::checkpoint::config::Config;
+use crate::checkpoint::{CheckpointProblem, TensorInfo};
+use crate::error::OptionProblem;
+use crate::layout::element_count;
+use crate::{BlockSize, Error, Result};
+
+/// Names of embeddings: tables that are looked up, not multiplied with.
+const EMBEDDINGS: [&str; 17] = [
+    "embed_tokens",
+    "embed_positions",
+    "embed_in",
+    "embed_tokens_per_layer",
+    "embeddings",
+    "embedding",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+    "tok_embeddings",
+    "token_embedding",
+    "position_embedding",
+    "wte",
+    "wpe",
+    "shared",
+    "relative_attention_bias",
+    "rel_attn_bias",
+];
+
+/// Names of output heads, which lose most by quantization.
+const HEADS: [&str; 12] = [
+    "lm_head",
+    "embed_out",
+    "output_layer",
+    "score",
+    "classifier",
+    "classification_head",
+    "qa_outputs",
+    "vocab_projector",
+    "head",
+    "cls",
+    "v_head",
+    "value_head",
+];
+/// Names that are heads only where nothing stands before them.
+const TOP_LEVEL_HEADS: [&str; 2] = ["output", "proj_out"];
+
+/// Heads that share the embedding's weight where a model ties the two.
+const TIED_HEADS: [&str; 3] = ["lm_head", "embed_out", "output_layer"];
+
+/// Names of what sends tokens to experts: small, and a wrong choice is no small error.
+const ROUTERS: [&str; 3] = ["gate", "router", "shared_expert_gate"];
+
+/// Model types whose linear layers are stored transposed (`Conv1D`), and the layers' names.
+const TRANSPOSED_TYPES: [&str; 4] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
+const TRANSPOSED_LAYERS: [&str; 4] = ["c_attn", "c_proj", "c_fc", "q_attn"];
+
+/// What is done with a tensor, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decision {
+    /// Whether it is quantized.
+    pub quantize: bool,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Why a tensor is quantized or kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reason {
+    /// The weight of a linear layer.
+    Linear,
+    /// The user's `only` names it.
+    Only,
+    /// The user's `skip` names it.
+    Skip,
+    /// The user's `only` does not name it.
+    NotOnly,
+    /// No weight: a bias or a buffer.
+    NotWeight,
+    /// Elements that are no real numbers.
+    NotFloat,
+    /// A weight of experts in one tensor.
+    Experts,
+    /// Not a matrix.
+    NotMatrix,
+    /// Fewer elements than one block.
+    Small,
+    /// An embedding.
+    Embedding,
+    /// An output head.
+    Head,
+    /// A head that is the embedding.
+    Tied,
+    /// A norm.
+    Norm,
+    /// A router of experts.
+    Router,
+    /// Stored transposed.
+    Transposed,
+}
+
+impl Reason {
+    /// In a few words.
+    #[must_use]
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Linear => "linear layer",
+            Self::Only => "named by only",
+            Self::Skip => "named by skip",
+            Self::NotOnly => "not named by only",
+            Self::NotWeight => "not a weight",
+            Self::NotFloat => "not floating point",
+            Self::Experts => "experts in one tensor",
+            Self::NotMatrix => "not a matrix",
+            Self::Small => "smaller than one block",
+            Self::Embedding => "embedding",
+            Self::Head => "output head",
+            Self::Tied => "tied to the embedding",
+            Self::Norm => "norm",
+            Self::Router => "router of experts",
+            Self::Transposed => "stored transposed",
+        }
+    }
+}
+
+/// The rules of one conversion.
+#[derive(Debug)]
+pub struct Rules {
+    only: Patterns,
+    skip: Patterns,
+    block_size: BlockSize,
+    transposed: bool,
+    tied: bool,
+}
+
+impl Rules {
+    /// # Errors
+    /// [`Error::Option`] for a pattern that is no glob.
+    pub fn new(
+        only: &[String],
+        skip: &[String],
+        block_size: BlockSize,
+        config: &Config,
+    ) -> Result<Self> {
+        let model_type = config.model_type.as_deref().unwrap_or_default();
+        Ok(Self {
+            only: Patterns::new("only", only)?,
+            skip: Patterns::new("skip", skip)?,
+            block_size,
+            transposed: TRANSPOSED_TYPES.contains(&model_type),
+            tied: config.tied,
+        })
+    }
+
+    /// What becomes of a tensor.
+    ///
+    /// # Errors
+    /// [`CheckpointProblem::UnsupportedDtype`] for a floating-point weight that would be
+    /// quantized and is of a type that cannot be.
+    pub fn decide(&self, tensor: &TensorInfo) -> Result<Decision> {
+        let reason = self.reason(tensor)?;
+        let quantize = matches!(reason, Reason::Linear | Reason::Only);
+        if quantize && tensor.dtype.element().is_none() {
+            let dtype = tensor.dtype;
+            return Err(
+                Error::from(CheckpointProblem::UnsupportedDtype { dtype }).in_tensor(&tensor.name)
+            );
+        }
+        Ok(Decision { quantize, reason })
+    }
+
+    fn reason(&self, tensor: &TensorInfo) -> Result<Reason> {
+        let Some(module) = module_of(&tensor.name) else {
+            let fused = tensor.shape.len() == 3 && has_part(&tensor.name, "experts");
+            return Ok(if fused {
+                Reason::Experts
+            } else {
+                Reason::NotWeight
+            });
+        };
+        let kind = self.kind(module);
+        if !tensor.dtype.is_float() {
+            return Ok(Reason::NotFloat);
+        }
+        if let Some(reason) = kind.filter(|_| tensor.shape.len() != 2) {
+            return Ok(reason);
+        }
+        match tensor.shape.len() {
+            2 => {}
+            3 if has_part(module, "experts") => return Ok(Reason::Experts),
+            _ => return Ok(Reason::NotMatrix),
+        }
+        if element_count(&tensor.shape)? < self.block_size.get() as u64 {
+            return Ok(Reason::Small);
+        }
+        if self.skip.matches(&tensor.name) {
+            return Ok(Reason::Skip);
+        }
+        if kind == Some(Reason::Tied) {
+            return Ok(Reason::Tied);
+        }
+        if !self.only.is_empty() {
+            let named = self.only.matches(&tensor.name);
+            return Ok(if named { Reason::Only } else { Reason::NotOnly });
+        }
+        Ok(kind.unwrap_or(Reason::Linear))
+    }
+
+    /// Why a module of that name is no linear layer to be quantized, if it is none.
+    fn kind(&self, module: &str) -> Option<Reason> {
+        let last = module.rsplit('.').next().unwrap_or(module);
+        match kept_module(module) {
+            Some(Reason::Head) if self.tied && TIED_HEADS.contains(&last) => Some(Reason::Tied),
+            None if self.transposed && TRANSPOSED_LAYERS.contains(&last) => {
+                Some(Reason::Transposed)
+            }
+            reason => reason,
+        }
+    }
+
+    /// That every pattern matches a tensor.
+    ///
+    /// # Errors
+    /// [`OptionProblem::MatchesNothing`] names the one that does not.
+    pub fn check_patterns<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+        self.only.check(names.clone())?;
+        self.skip.check(names)
+    }
+}
+
+/// Why a module is kept for its name alone, whatever the model's configuration says.
+#[must_use]
+pub fn kept_module(module: &str) -> Option<Reason> {
+    let last = module.rsplit('.').next().unwrap_or(module);
+    let head = HEADS.iter().any(|name| has_part(module, name))
+        || last.ends_with("_head")
+        || TOP_LEVEL_HEADS.contains(&module);
+    let embedding = EMBEDDINGS.contains(&last)
+        || last.ends_with("_embedding")
+        || last.ends_with("_embeddings")
+        || last.ends_with("_embed");
+    let norm = last.contains("norm") || last.starts_with("ln_") || last == "ln";
+    let router = ROUTERS.contains(&last) || has_part(module, "router");
+    [
+        (head, Reason::Head),
+        (embedding, Reason::Embedding),
+        (norm, Reason::Norm),
+        (router, Reason::Router),
+    ]
+    .into_iter()
+    .find_map(|(applies, reason)| applies.then_some(reason))
+}
+
+/// The module that a weight belongs to.
+#[must_use]
+pub fn module_of(tensor: &str) -> Option<&str> {
+    tensor.strip_suffix(".weight")
+}
+
+/// Whether one of the dotted parts of a name is `part`.
+fn has_part(name: &str, part: &str) -> bool {
+    name.split('.').any(|other| other == part)
+}
+
+/// Whether a loader that replaces linear layers must be told to leave this module: it is a
+/// matrix, and may be one.
+#[must_use]
+pub fn must_be_skipped(tensor: &TensorInfo, decision: Decision) -> Option<&str> {
+    let linear = !decision.quantize
+        && tensor.shape.len() == 2
+        && tensor.dtype.is_float()
+        && !matches!(
+            decision.reason,
+            Reason::Norm | Reason::Embedding | Reason::NotWeight
+        );
+    module_of(&tensor.name).filter(|_| linear)
+}
+
+/// Globs over tensor names; one that names the module means its weight.
+#[derive(Debug)]
+struct Patterns {
+    option: &'static str,
+    texts: Vec<String>,
+    set: GlobSet,
+}
+
+impl Patterns {
+    fn new(option: &'static str, texts: &[String]) -> Result<Self> {
+        let bad = |text: &str, error: &globset::Error| Error::Option {
+            option,
+            value: text.to_owned(),
+            problem: OptionProblem::Glob(error.kind().to_string()),
+        };
+        let mut builder = GlobSetBuilder::new();
+        for text in texts {
+            let glob = GlobBuilder::new(text)
+                .build()
+                .map_err(|error| bad(text, &error))?;
+            builder.add(glob);
+        }
+        let set = builder
+            .build()
+            .map_err(|error| bad(&texts.join(" "), &error))?;
+        Ok(Self {
+            option,
+            texts: texts.to_vec(),
+            set,
+        })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.texts.is_empty()
+    }
+
+    fn matches(&self, name: &str) -> bool {
+        self.set.is_match(name) || module_of(name).is_some_and(|module| self.set.is_match(module))
+    }
+
+    fn check<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
+        let mut matched = vec![false; self.texts.len()];
+        for name in names {
+            let module = module_of(name).into_iter();
+            for index in module.chain([name]).flat_map(|name| self.set.matches(name)) {
+                if let Some(matched) = matched.get_mut(index) {
+                    *matched = true;
+                }
+            }
+        }
+        match self
+            .texts
+            .iter()
+            .zip(&matched)
+            .find(|(_, matched)| !**matched)
+        {
+            None => Ok(()),
+            Some((text, _)) => Err(Error::Option {
+                option: self.option,
+                value: text.clone(),
+                problem: OptionProblem::MatchesNothing,
+            }),
+        }
+    }
+}
