@@ -2,7 +2,7 @@
 //! single-precision scale for every 256 of them. 0.127 bits a parameter in place of 0.5.
 
 use crate::layout::{NESTED_BLOCK_SIZE, check_length};
-use crate::{Codebook, Element as _, Result, blockwise};
+use crate::{Codebook, Element as _, Error, Result, blockwise};
 
 /// Scales that are summed as a unit: one warp's work on a GPU, four registers' on a CPU.
 const CHUNK: usize = 1024;
@@ -82,7 +82,7 @@ fn fold(mut lanes: [f64; LANES]) -> f64 {
 ///
 /// # Errors
 /// [`crate::Error::Length`] for buffers of another size; [`crate::Error::NonFinite`] for a scale
-/// that is not finite.
+/// that is not finite; [`crate::Error::ScaleOverflow`] where 8 bits would round one to infinity.
 pub fn quantize(absmax: &[f32], codes: &mut [u8], nested_absmax: &mut [f32]) -> Result<f32> {
     let mut mean = MeanAccumulator::default();
     mean.add(absmax);
@@ -108,7 +108,24 @@ pub fn quantize_with_offset(
         NESTED_BLOCK_SIZE,
         codes,
         nested_absmax,
-    )
+    )?;
+    check_finite(codes, nested_absmax, offset)
+}
+
+/// That no scale became infinite by being rounded up, which one next to the largest number can.
+fn check_finite(codes: &[u8], nested_absmax: &[f32], offset: f32) -> Result<()> {
+    if nested_absmax
+        .iter()
+        .all(|scale| (scale + offset.abs()).is_finite())
+    {
+        return Ok(());
+    }
+    let mut decoded = vec![0.0; codes.len()];
+    dequantize(codes, nested_absmax, offset, &mut decoded)?;
+    match decoded.iter().all(|scale| scale.is_finite()) {
+        true => Ok(()),
+        false => Err(Error::ScaleOverflow),
+    }
 }
 
 /// The scales again: `map[code] * nested_absmax + offset`, each operation rounded to single
@@ -139,6 +156,20 @@ pub fn dequantize(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_scale_that_rounds_to_infinity_is_refused() {
+        let mut scales = [f32::MAX; 100];
+        let (mut codes, mut nested) = ([0; 100], [0.0]);
+        assert!(
+            quantize(&scales, &mut codes, &mut nested).is_ok(),
+            "the mean is exact"
+        );
+        // The mean is 0.6 of the largest; the other 0.4 are 0.667 of a scale, rounded to 0.670.
+        scales[..40].fill(0.0);
+        let result = quantize(&scales, &mut codes, &mut nested);
+        assert!(matches!(result, Err(Error::ScaleOverflow)), "{result:?}");
+    }
 
     #[test]
     fn the_mean_does_not_depend_on_how_the_stream_is_cut() {

@@ -24,6 +24,10 @@ pub enum Error {
         value: f32,
     },
 
+    /// A block scale so near the largest number that 8 bits round it to infinity.
+    #[error("a weight is too large for its scale to be quantized; use double_quant=False")]
+    ScaleOverflow,
+
     /// A block size outside the format.
     #[error("block size {got} is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096")]
     BlockSize {
@@ -106,6 +110,17 @@ pub enum Error {
         expected: Option<String>,
         /// What came; None where the writer was finished early.
         got: Option<String>,
+    },
+
+    /// A setting of the optimizer outside its range.
+    #[error("{name} is {got}, and it must be {expected}")]
+    Hyperparameter {
+        /// Which setting.
+        name: &'static str,
+        /// What it may be, in words.
+        expected: &'static str,
+        /// Its value.
+        got: f64,
     },
 
     /// Another error, in a named tensor.

@@ -16,6 +16,7 @@
 //! | [`double_quant`] | the block scales themselves in 8 bits, and back |
 //! | [`checkpoint`] | the file format: read, write, verify; every file is taken as hostile |
 //! | [`convert`](mod@convert) | a 16-bit checkpoint into a 4-bit one, streamed |
+//! | [`optimizer`] | AdamW on the CPU, its state in 32 bits or blockwise in 8 |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -27,6 +28,7 @@ pub mod double_quant;
 pub mod element;
 pub mod error;
 pub mod layout;
+pub mod optimizer;
 
 #[cfg(feature = "python")]
 mod python;

@@ -1,10 +1,12 @@
-"""The Rust core of fourbit. Private: use the `fourbit` package."""
+"""The Rust core. Private: everything public is in the modules of ``fourbit``."""
 
 from collections.abc import Callable
 from os import PathLike
 from typing import TypedDict, final
 
 from torch import Tensor
+
+__version__: str
 
 class CheckpointError(ValueError):
     """A checkpoint folder or file is damaged, incomplete or of an unknown format."""
@@ -28,6 +30,66 @@ class Codebook:
     def ties_upper(self) -> bool: ...
     @property
     def values(self) -> list[float]: ...
+
+def simd_backends() -> list[str]: ...
+def adamw32_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    steps: list[int],
+    threads: int,
+    maximize: bool = False,
+) -> list[int]: ...
+def adamw8_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    steps: list[int],
+    threads: int,
+    maximize: bool = False,
+) -> list[int]: ...
+def quantize(
+    input: Tensor,
+    codebook: Codebook,
+    block_size: int,
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    threads: int,
+    backend: str | None = None,
+) -> None: ...
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Codebook,
+    block_size: int,
+    output: Tensor,
+    *,
+    threads: int,
+    backend: str | None = None,
+) -> None: ...
+def quantize_absmax(
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, *, threads: int
+) -> float: ...
+def dequantize_absmax(
+    codes: Tensor, nested_absmax: Tensor, offset: float, absmax: Tensor, *, threads: int
+) -> None: ...
 
 class _TensorReport(TypedDict):
     name: str
@@ -139,3 +201,5 @@ def convert(
     progress: Callable[[int, int, str], object] | None = None,
 ) -> _ConversionReport: ...
 def verify(path: str | PathLike[str], *, threads: int) -> _VerifyReport: ...
+def kept_module(name: str) -> str | None: ...
+def small_files(folder: str | PathLike[str]) -> list[str]: ...

@@ -24,37 +24,43 @@ pub(super) unsafe fn quantize_blocks<V: Vector, T: Element>(
     packed: &mut [u8],
     absmax: &mut [f32],
 ) -> Option<usize> {
-    let codes_per_byte = 8 / codebook.code_bits() as usize;
+    // SAFETY: the caller answers for the features of `V`.
+    unsafe {
+        match codebook.code_bits() {
+            2 => quantize::<V, T, 2>(input, codebook, search, block_size, packed, absmax),
+            4 => quantize::<V, T, 4>(input, codebook, search, block_size, packed, absmax),
+            _ => quantize::<V, T, 8>(input, codebook, search, block_size, packed, absmax),
+        }
+    }
+}
+
+/// [`quantize_blocks`] for one width of code, so that each loop has the registers to itself.
+#[inline(always)]
+unsafe fn quantize<V: Vector, T: Element, const BITS: usize>(
+    input: &[T],
+    codebook: &Codebook,
+    search: &Search,
+    block_size: BlockSize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> Option<usize> {
     let blocks = input
         .chunks(block_size.get())
-        .zip(packed.chunks_mut(block_size.get() / codes_per_byte))
+        .zip(packed.chunks_mut(block_size.get() * BITS / 8))
         .zip(absmax);
     for (block_index, ((block, packed), absmax)) in blocks.enumerate() {
         // SAFETY: the caller answers for the features of `V`.
-        let first_bad = unsafe { quantize_block::<V, T>(block, codebook, search, packed, absmax) };
-        if let Some(index) = first_bad {
-            return Some(block_index * block_size.get() + index);
+        unsafe {
+            match block_absmax::<V, T>(block) {
+                Some(scale) => *absmax = scale,
+                None => {
+                    let index = scalar::block_absmax(block).err()?;
+                    return Some(block_index * block_size.get() + index);
+                }
+            }
+            encode_block::<V, T, BITS>(block, *absmax, codebook, search, packed);
         }
     }
-    None
-}
-
-/// One block of [`quantize_blocks`].
-#[inline(always)]
-pub(super) unsafe fn quantize_block<V: Vector, T: Element>(
-    block: &[T],
-    codebook: &Codebook,
-    search: &Search,
-    packed: &mut [u8],
-    absmax: &mut f32,
-) -> Option<usize> {
-    // SAFETY: the caller answers for the features of `V`.
-    match unsafe { block_absmax::<V, T>(block) } {
-        Some(scale) => *absmax = scale,
-        None => return scalar::block_absmax(block).err(),
-    }
-    // SAFETY: as above.
-    unsafe { encode_block::<V, T>(block, *absmax, codebook, search, packed) };
     None
 }
 
@@ -62,7 +68,10 @@ pub(super) unsafe fn quantize_block<V: Vector, T: Element>(
 #[inline(always)]
 unsafe fn block_absmax<V: Vector, T: Element>(block: &[T]) -> Option<f32> {
     let groups = block.chunks_exact(V::GROUP);
-    let rest = scalar::block_absmax(groups.remainder()).ok()?;
+    let mut rest = 0.0;
+    if !groups.remainder().is_empty() {
+        rest = scalar::block_absmax(groups.remainder()).ok()?;
+    }
     // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths of what
     // the pointers point to.
     let bits = unsafe {
@@ -83,7 +92,7 @@ unsafe fn block_absmax<V: Vector, T: Element>(block: &[T]) -> Option<f32> {
 
 /// As [`scalar::encode_block`].
 #[inline(always)]
-unsafe fn encode_block<V: Vector, T: Element>(
+unsafe fn encode_block<V: Vector, T: Element, const BITS: usize>(
     block: &[T],
     scale: f32,
     codebook: &Codebook,
@@ -94,36 +103,31 @@ unsafe fn encode_block<V: Vector, T: Element>(
     if lift != 1.0 {
         return scalar::encode_block(block, scale, codebook, packed);
     }
-    let bits = codebook.code_bits();
-    let group_bytes = V::GROUP * bits as usize / 8;
     let groups = block.chunks_exact(V::GROUP);
     let rest = groups.remainder();
-    let (packed, rest_packed) = packed.split_at_mut(groups.len() * group_bytes);
+    let (packed, rest_packed) = packed.split_at_mut(groups.len() * V::GROUP * BITS / 8);
     // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths of what
     // the pointers point to.
     unsafe {
         let inverse = V::splat(inverse);
-        for (group, bytes) in groups.zip(packed.chunks_exact_mut(group_bytes)) {
-            let [even, odd] = V::load(group.as_ptr());
-            let (even, odd) = (even.multiply(inverse), odd.multiply(inverse));
-            if bits == 4 {
-                let mut nodes = [nibble_node(even, search), nibble_node(odd, search)];
+        for (group, bytes) in groups.zip(packed.chunks_exact_mut(V::GROUP * BITS / 8)) {
+            let numbers = map_2!(V::load(group.as_ptr()), |half| half.multiply(inverse));
+            if BITS == 4 {
+                let mut nodes = map_2!(numbers, |half| nibble_node(half, search));
                 if search.recode {
-                    nodes = map_2!(nodes, |node| V::recode(node, &search.codes));
+                    nodes = map_2!(nodes, |half| V::recode(half, &search.codes));
                 }
                 V::pack_nibbles(nodes, bytes.as_mut_ptr());
             } else {
                 let mut codes = [0; 32];
-                V::pack_bytes(
-                    [byte_node(even, search), byte_node(odd, search)],
-                    codes.as_mut_ptr(),
-                );
+                let nodes = map_2!(numbers, |half| byte_node(half, search));
+                V::pack_bytes(nodes, codes.as_mut_ptr());
                 if search.recode {
                     for code in &mut codes {
                         *code = search.codes[usize::from(*code)];
                     }
                 }
-                if bits == 8 {
+                if BITS == 8 {
                     bytes.copy_from_slice(&codes);
                 } else {
                     for (byte, codes) in bytes.iter_mut().zip(codes.chunks_exact(4)) {
@@ -133,7 +137,9 @@ unsafe fn encode_block<V: Vector, T: Element>(
             }
         }
     }
-    scalar::encode_block(rest, scale, codebook, rest_packed);
+    if !rest.is_empty() {
+        scalar::encode_block(rest, scale, codebook, rest_packed);
+    }
 }
 
 /// Node `16 + rank` of every lane.
@@ -172,34 +178,50 @@ pub(super) unsafe fn dequantize_blocks<V: Vector, T: Element, const STREAM: bool
     block_size: BlockSize,
     output: &mut [T],
 ) {
-    let codes_per_byte = 8 / codebook.code_bits() as usize;
-    let blocks = output
-        .chunks_mut(block_size.get())
-        .zip(packed.chunks(block_size.get() / codes_per_byte))
-        .zip(absmax);
-    for ((block, packed), &scale) in blocks {
-        // SAFETY: the caller answers for the features of `V`; blocks are multiples of 64 bytes.
-        unsafe { dequantize_block::<V, T, STREAM>(packed, scale, codebook, block) };
+    // SAFETY: the caller answers for the features of `V` and the alignment.
+    unsafe {
+        match codebook.code_bits() {
+            2 => dequantize::<V, T, STREAM, 2>(packed, absmax, codebook, block_size, output),
+            4 => dequantize::<V, T, STREAM, 4>(packed, absmax, codebook, block_size, output),
+            _ => dequantize::<V, T, STREAM, 8>(packed, absmax, codebook, block_size, output),
+        }
     }
 }
 
-/// One block of [`dequantize_blocks`].
+/// [`dequantize_blocks`] for one width of code.
 #[inline(always)]
-pub(super) unsafe fn dequantize_block<V: Vector, T: Element, const STREAM: bool>(
+unsafe fn dequantize<V: Vector, T: Element, const STREAM: bool, const BITS: usize>(
+    packed: &[u8],
+    absmax: &[f32],
+    codebook: &Codebook,
+    block_size: BlockSize,
+    output: &mut [T],
+) {
+    let blocks = output
+        .chunks_mut(block_size.get())
+        .zip(packed.chunks(block_size.get() * BITS / 8))
+        .zip(absmax);
+    for ((block, packed), &scale) in blocks {
+        // SAFETY: the caller answers for the features of `V`; blocks are multiples of 64 bytes.
+        unsafe { decode_block::<V, T, STREAM, BITS>(packed, scale, codebook, block) };
+    }
+}
+
+/// As [`scalar::dequantize_block`].
+#[inline(always)]
+unsafe fn decode_block<V: Vector, T: Element, const STREAM: bool, const BITS: usize>(
     packed: &[u8],
     scale: f32,
     codebook: &Codebook,
     output: &mut [T],
 ) {
-    let bits = codebook.code_bits();
-    let group_bytes = V::GROUP * bits as usize / 8;
     let mut groups = output.chunks_exact_mut(V::GROUP);
-    let (packed, rest_packed) = packed.split_at(groups.len() * group_bytes);
-    let bytes = packed.chunks_exact(group_bytes);
+    let (packed, rest_packed) = packed.split_at(groups.len() * V::GROUP * BITS / 8);
+    let bytes = packed.chunks_exact(V::GROUP * BITS / 8);
     // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths of what
     // the pointers point to. A group has 64 bytes or 128, so alignment carries on.
     unsafe {
-        if bits == 8 {
+        if BITS == 8 {
             let scale = V::splat(scale);
             for (group, bytes) in (&mut groups).zip(bytes) {
                 let numbers = map_2!(V::unpack_bytes(bytes.as_ptr()), |codes| {
@@ -210,7 +232,7 @@ pub(super) unsafe fn dequantize_block<V: Vector, T: Element, const STREAM: bool>
         } else {
             let table = V::table::<T>(codebook.values(), scale);
             for (group, bytes) in (&mut groups).zip(bytes) {
-                if bits == 4 {
+                if BITS == 4 {
                     V::decode::<T, STREAM>(table, bytes.as_ptr(), group.as_mut_ptr());
                 } else {
                     let mut nibbles = [0; 16];
@@ -223,5 +245,21 @@ pub(super) unsafe fn dequantize_block<V: Vector, T: Element, const STREAM: bool>
             }
         }
     }
-    scalar::dequantize_block(rest_packed, scale, codebook, groups.into_remainder());
+    let rest = groups.into_remainder();
+    if !rest.is_empty() {
+        scalar::dequantize_block(rest_packed, scale, codebook, rest);
+    }
+}
+
+/// Converts every element: exactly to a wider type, rounded to nearest even to a narrower one.
+#[inline(always)]
+pub(super) unsafe fn convert<V: Vector, S: Element, D: Element>(source: &[S], target: &mut [D]) {
+    let sources = source.chunks_exact(V::GROUP);
+    let mut targets = target.chunks_exact_mut(V::GROUP);
+    let rest = sources.remainder();
+    for (source, target) in sources.zip(&mut targets) {
+        // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths.
+        unsafe { V::store(V::load(source.as_ptr()), target.as_mut_ptr()) };
+    }
+    scalar::convert(rest, targets.into_remainder());
 }

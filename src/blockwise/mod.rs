@@ -32,6 +32,7 @@ mod vector;
 use rayon::prelude::*;
 
 pub use self::backend::Backend;
+pub(crate) use self::backend::Kind;
 use self::search::Search;
 use crate::layout::{Layout, check_length};
 use crate::{BlockSize, Codebook, Element, Error, Result};
@@ -157,4 +158,58 @@ pub fn dequantize_with<T: Element>(
             );
         });
     Ok(())
+}
+
+/// A codebook and a backend at hand for many small calls, on the caller's thread.
+pub(crate) struct Coder<'a> {
+    backend: Backend,
+    codebook: &'a Codebook,
+    search: Search,
+    block_size: BlockSize,
+}
+
+impl<'a> Coder<'a> {
+    /// For codes of 8 bits.
+    pub(crate) fn new(backend: Backend, codebook: &'a Codebook, block_size: BlockSize) -> Self {
+        let search = Search::new(codebook);
+        Self {
+            backend,
+            codebook,
+            search,
+            block_size,
+        }
+    }
+
+    /// As [`dequantize`], lengths unchecked: the shortest of the slices decides.
+    pub(crate) fn decode(&self, codes: &[u8], absmax: &[f32], output: &mut [f32]) {
+        task::dequantize_blocks(
+            self.backend,
+            codes,
+            absmax,
+            self.codebook,
+            self.block_size,
+            output,
+            false,
+        );
+    }
+
+    /// As [`quantize`], lengths unchecked; whether all of `input` was finite.
+    pub(crate) fn encode(&self, input: &[f32], codes: &mut [u8], absmax: &mut [f32]) -> bool {
+        task::quantize_blocks(
+            self.backend,
+            input,
+            self.codebook,
+            &self.search,
+            self.block_size,
+            codes,
+            absmax,
+        )
+        .is_none()
+    }
+}
+
+/// Converts every element: exactly to a wider type, rounded to nearest even to a narrower one.
+/// Both slices are of one length.
+pub(crate) fn convert<S: Element, D: Element>(backend: Backend, source: &[S], target: &mut [D]) {
+    task::convert(backend, source, target);
 }

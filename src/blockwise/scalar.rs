@@ -33,6 +33,7 @@ pub(super) fn quantize_blocks<T: Element>(
 }
 
 /// The largest magnitude of a block, or the index of its first element that is not finite.
+#[inline(never)]
 pub(super) fn block_absmax<T: Element>(block: &[T]) -> Result<f32, usize> {
     let mut absmax = 0.0_f32;
     for (index, element) in block.iter().enumerate() {
@@ -46,6 +47,7 @@ pub(super) fn block_absmax<T: Element>(block: &[T]) -> Result<f32, usize> {
 }
 
 /// Encodes and packs one block, given its scale.
+#[inline(never)]
 pub(super) fn encode_block<T: Element>(
     block: &[T],
     scale: f32,
@@ -101,6 +103,7 @@ pub(super) fn dequantize_blocks<T: Element>(
 }
 
 /// Decodes one block.
+#[inline(never)]
 pub(super) fn dequantize_block<T: Element>(
     packed: &[u8],
     scale: f32,
@@ -117,5 +120,12 @@ pub(super) fn dequantize_block<T: Element>(
             let code = (byte >> shift) & mask;
             *element = T::from_f32(values[usize::from(code)] * scale);
         }
+    }
+}
+
+/// Converts every element: exactly to a wider type, rounded to nearest even to a narrower one.
+pub(super) fn convert<S: Element, D: Element>(source: &[S], target: &mut [D]) {
+    for (source, target) in source.iter().zip(target) {
+        *target = D::from_f32(source.to_f32());
     }
 }

@@ -57,6 +57,12 @@ macro_rules! entry_points {
                 }
             }
         }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn convert<S: Element, D: Element>(source: &[S], target: &mut [D]) {
+            // SAFETY: this function has the features of the vector type.
+            unsafe { super::generic::convert::<$vector, S, D>(source, target) }
+        }
     };
 }
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -119,6 +125,22 @@ pub(super) fn dequantize_blocks<T: Element>(
             Kind::Neon => {
                 neon::dequantize_blocks(packed, absmax, codebook, block_size, output, stream);
             }
+        }
+    }
+}
+
+/// As [`scalar::convert`], on `backend`. Both slices are of one length.
+pub(super) fn convert<S: Element, D: Element>(backend: Backend, source: &[S], target: &mut [D]) {
+    // SAFETY: a `Backend` exists only where the processor has its features.
+    unsafe {
+        match backend.kind() {
+            Kind::Scalar => scalar::convert(source, target),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => avx2::convert(source, target),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => avx512::convert(source, target),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => neon::convert(source, target),
         }
     }
 }

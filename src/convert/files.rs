@@ -75,6 +75,16 @@ pub(super) fn find(
     Ok((files, skipped))
 }
 
+/// The names of the small files of a folder that a copy of the model needs: tokenizer, generation
+/// config, chat template, licence. Not `config.json`, and no weights.
+///
+/// # Errors
+/// [`Error::Io`], naming the file.
+pub fn small_files(folder: &Path) -> Result<Vec<String>> {
+    let (files, _) = find(folder, &[])?;
+    Ok(files.into_iter().map(|file| file.name).collect())
+}
+
 fn why_skipped(source: &Path, name: &str) -> Option<&'static str> {
     if !names::is_file_name(name) {
         return Some("hidden, or no plain file name");

@@ -30,8 +30,8 @@ use crate::checkpoint::{FORMAT_VERSION, Folder, Header, Manifest, names};
 use crate::error::{DestinationProblem, OptionProblem};
 use crate::{BlockSize, Codebook, Error, Result};
 
-pub use files::SkippedFile;
 use files::SmallFile;
+pub use files::{SkippedFile, small_files};
 use jobs::Jobs;
 
 /// Bytes of a shard where the caller does not say: few enough to copy and check with ease.

@@ -47,6 +47,9 @@ const HEADS: [&str; 12] = [
 /// Names that are heads only where nothing stands before them.
 const TOP_LEVEL_HEADS: [&str; 2] = ["output", "proj_out"];
 
+/// Heads that share the embedding's weight where a model ties the two.
+const TIED_HEADS: [&str; 3] = ["lm_head", "embed_out", "output_layer"];
+
 /// Names of what sends tokens to experts: small, and a wrong choice is no small error.
 const ROUTERS: [&str; 3] = ["gate", "router", "shared_expert_gate"];
 
@@ -209,30 +212,13 @@ impl Rules {
     /// Why a module of that name is no linear layer to be quantized, if it is none.
     fn kind(&self, module: &str) -> Option<Reason> {
         let last = module.rsplit('.').next().unwrap_or(module);
-        let head = HEADS.iter().any(|name| has_part(module, name))
-            || last.ends_with("_head")
-            || TOP_LEVEL_HEADS.contains(&module);
-        if head {
-            let tied = self.tied && matches!(last, "lm_head" | "embed_out" | "output_layer");
-            return Some(if tied { Reason::Tied } else { Reason::Head });
+        match kept_module(module) {
+            Some(Reason::Head) if self.tied && TIED_HEADS.contains(&last) => Some(Reason::Tied),
+            None if self.transposed && TRANSPOSED_LAYERS.contains(&last) => {
+                Some(Reason::Transposed)
+            }
+            reason => reason,
         }
-        let embedding = EMBEDDINGS.contains(&last)
-            || last.ends_with("_embedding")
-            || last.ends_with("_embeddings")
-            || last.ends_with("_embed");
-        if embedding {
-            return Some(Reason::Embedding);
-        }
-        if last.contains("norm") || last.starts_with("ln_") || last == "ln" {
-            return Some(Reason::Norm);
-        }
-        if ROUTERS.contains(&last) || has_part(module, "router") {
-            return Some(Reason::Router);
-        }
-        if self.transposed && TRANSPOSED_LAYERS.contains(&last) {
-            return Some(Reason::Transposed);
-        }
-        None
     }
 
     /// That every pattern matches a tensor.
@@ -243,6 +229,29 @@ impl Rules {
         self.only.check(names.clone())?;
         self.skip.check(names)
     }
+}
+
+/// Why a module is kept for its name alone, whatever the model's configuration says.
+#[must_use]
+pub fn kept_module(module: &str) -> Option<Reason> {
+    let last = module.rsplit('.').next().unwrap_or(module);
+    let head = HEADS.iter().any(|name| has_part(module, name))
+        || last.ends_with("_head")
+        || TOP_LEVEL_HEADS.contains(&module);
+    let embedding = EMBEDDINGS.contains(&last)
+        || last.ends_with("_embedding")
+        || last.ends_with("_embeddings")
+        || last.ends_with("_embed");
+    let norm = last.contains("norm") || last.starts_with("ln_") || last == "ln";
+    let router = ROUTERS.contains(&last) || has_part(module, "router");
+    [
+        (head, Reason::Head),
+        (embedding, Reason::Embedding),
+        (norm, Reason::Norm),
+        (router, Reason::Router),
+    ]
+    .into_iter()
+    .find_map(|(applies, reason)| applies.then_some(reason))
 }
 
 /// The module that a weight belongs to.

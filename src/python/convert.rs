@@ -129,3 +129,16 @@ pub(super) fn convert(
         seconds: report.seconds,
     })
 }
+
+/// Why a module is kept in 16 bits for its name alone (an output head, a router …), or None.
+#[pyfunction]
+pub(super) fn kept_module(name: &str) -> Option<&'static str> {
+    core::rules::kept_module(name).map(core::rules::Reason::text)
+}
+
+/// The names of the small files of a folder that a copy of its model needs, without `config.json`.
+#[pyfunction]
+pub(super) fn small_files(py: Python<'_>, folder: PathBuf) -> PyResult<Vec<String>> {
+    py.detach(|| core::small_files(&folder))
+        .map_err(|error| to_python(&error))
+}

@@ -6,6 +6,7 @@
 mod checkpoint;
 mod convert;
 mod errors;
+mod optimizer;
 mod quantize;
 mod tensor;
 mod threads;
@@ -20,9 +21,11 @@ mod _core {
         CheckpointReader, CheckpointWriter, add_quantization_config, quantized_layout, verify,
     };
     #[pymodule_export]
-    use super::convert::convert;
+    use super::convert::{convert, kept_module, small_files};
     #[pymodule_export]
     use super::errors::{CheckpointError, NonFiniteError};
+    #[pymodule_export]
+    use super::optimizer::{adamw8_step, adamw32_step};
     #[pymodule_export]
     use super::quantize::{
         Codebook, dequantize, dequantize_absmax, quantize, quantize_absmax, simd_backends,

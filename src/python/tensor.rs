@@ -65,6 +65,18 @@ impl Tensor<'_> {
             })
     }
 
+    /// Where the elements lie in memory.
+    pub(super) fn bytes(&self) -> PyResult<std::ops::Range<usize>> {
+        let size = match self.dtype.as_str() {
+            "uint8" => 1,
+            _ => self.float_dtype()?.size(),
+        };
+        Ok(self.address
+            ..self
+                .address
+                .saturating_add(self.elements.saturating_mul(size)))
+    }
+
     /// The elements, to be read.
     pub(super) fn slice<T: Plain>(&self) -> PyResult<&[T]> {
         let address = self.checked_address::<T>()?;

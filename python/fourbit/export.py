@@ -1,0 +1,131 @@
+"""`export_merged`: a plain 16-bit checkpoint out of a 4-bit model and its adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourbit import _core
+from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
+from fourbit.linear import Linear4bit
+from fourbit.lora import LoraLinear, lora_modules, merged_weight
+from fourbit.model_io import (
+    TensorGroup,
+    config_files,
+    file_dtype,
+    plain_group,
+    untied_state,
+    without_quantization,
+    write_groups,
+)
+
+
+def export_merged(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> None:
+    """Write a plain checkpoint with the adapters added to the weights they were trained on.
+
+    Each weight is dequantized, the adapter added in float32, and the sum rounded once; nothing of
+    the adapter is lost to 4 bits. Weights are made one at a time, and the model is not changed.
+
+    Args:
+        model: with adapters of ours, or without.
+        folder: a new or empty folder.
+        base: the folder whose tokenizer and other small files are copied; by default the one that
+            the model was loaded from, where that is known.
+        dtype: of all floating-point tensors; by default each weight has the dtype it had before it
+            was quantized.
+        max_shard_bytes: largest size of one file.
+
+    Raises:
+        FileExistsError: if the folder holds a checkpoint.
+        FileNotFoundError: if `base` does not exist.
+        ValueError: for a `dtype` that is not floating point.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; use bfloat16, float16 or float32")
+    adapters = lora_modules(model)
+    bases = {f"{path}.base_layer" for path in adapters}
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Linear4bit) and path not in bases
+    }
+    groups: list[TensorGroup] = []
+    for name, tensor in untied_state(model).items():
+        path, _, leaf = name.rpartition(".")
+        if path in bases:
+            path = path.removesuffix(".base_layer")
+            if leaf == "weight":
+                groups.append(_merged_group(f"{path}.weight", adapters[path], dtype))
+            elif leaf == "bias":
+                groups.append(plain_group(f"{path}.bias", tensor, _cast(tensor, dtype)))
+        elif any(path == p or path.startswith(f"{p}.") for p in adapters):
+            continue
+        elif path in layers and leaf.startswith("weight"):
+            if leaf == "weight":
+                groups.append(_dense_group(name, layers[path], dtype))
+        else:
+            groups.append(plain_group(name, tensor, _cast(tensor, dtype)))
+    write_groups(folder, groups, max_shard_bytes, _plain_files(model, base, dtype))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    return dtype if tensor.is_floating_point() else None
+
+
+def _merged_group(name: str, layer: LoraLinear, dtype: torch.dtype | None) -> TensorGroup:
+    base = layer.base_layer
+    own = base.weight_dtype if isinstance(base, Linear4bit) else base.weight.dtype
+    target = dtype or own
+
+    def tensors() -> Iterator[Tensor]:
+        yield merged_weight(layer).to(target)
+
+    shape = [layer.out_features, layer.in_features]
+    return TensorGroup([(name, file_dtype(name, target), shape)], tensors)
+
+
+def _dense_group(name: str, layer: Linear4bit, dtype: torch.dtype | None) -> TensorGroup:
+    target = dtype or layer.weight_dtype
+
+    def tensors() -> Iterator[Tensor]:
+        yield layer.dequantize(target)
+
+    shape = [layer.out_features, layer.in_features]
+    return TensorGroup([(name, file_dtype(name, target), shape)], tensors)
+
+
+def _plain_files(
+    model: nn.Module, base: str | os.PathLike[str] | None, dtype: torch.dtype | None
+) -> list[tuple[str, bytes]]:
+    """The base's small files, with a configuration that knows nothing of quantization."""
+    config: Any = getattr(model, "config", None)
+    if base is None:
+        known = Path(getattr(config, "_name_or_path", "") or "")
+        base = known if (known / "config.json").is_file() else None
+    files: dict[str, bytes] = {}
+    if base is not None:
+        folder = Path(base)
+        files = {name: (folder / name).read_bytes() for name in _core.small_files(folder)}
+        files["config.json"] = (folder / "config.json").read_bytes()
+    elif hasattr(config, "to_json_string"):
+        files = dict(config_files(model, {}))
+    if "config.json" in files:
+        fields = json.loads(without_quantization(files["config.json"].decode()))
+        for key in ("dtype", "torch_dtype"):
+            if dtype is not None and key in fields:
+                fields[key] = str(dtype).removeprefix("torch.")
+        files["config.json"] = (json.dumps(fields, indent=2) + "\n").encode()
+    return list(files.items())

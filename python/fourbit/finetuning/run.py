@@ -1,0 +1,337 @@
+"""`finetune`: train adapters on a 4-bit model, with TRL's SFTTrainer doing the training."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fourbit.data import (
+    LossOn,
+    TokenCounts,
+    check_tokens,
+    load_training_data,
+    resolve_loss,
+)
+from fourbit.finetuning.curve import draw_loss_curve
+from fourbit.finetuning.options import FinetuneOptions
+from fourbit.finetuning.record import (
+    RunRecord,
+    holds_run,
+    latest_checkpoint,
+    model_fingerprint,
+    read_record,
+    resumed_options,
+    steps_of,
+)
+from fourbit.loading import load_model, load_tokenizer, require_quantized
+
+if TYPE_CHECKING:
+    from fourbit.finetuning.trainer import StepProgress
+
+LOSS_CURVE = "loss.png"
+_logger = logging.getLogger("fourbit")
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a run did.
+
+    Attributes:
+        output: the folder with the adapter.
+        steps: optimizer steps of the whole run.
+        resumed_from: the step it was resumed from, or None.
+        examples: sequences in an epoch.
+        learned_tokens: tokens in an epoch whose prediction counts.
+        loss_on: what is learned: "assistant", "completion" or "all".
+        first_loss: mean loss of the first tenth of the logged steps, in nats a token.
+        last_loss: the same of the last tenth.
+        trainable_parameters: numbers that were trained.
+        adapter_bytes: size of ``adapter_model.safetensors``.
+        tokens: tokens seen by this call, padding not counted.
+        seconds: of training, without loading.
+        peak_memory_bytes: largest resident memory of the process so far; None where it cannot be
+            asked for.
+        peak_gpu_bytes: largest GPU memory in tensors, or None without a GPU.
+        loss_curve: the picture, or None without matplotlib.
+    """
+
+    output: str
+    steps: int
+    resumed_from: int | None
+    examples: int
+    learned_tokens: int
+    loss_on: LossOn
+    first_loss: float
+    last_loss: float
+    trainable_parameters: int
+    adapter_bytes: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int | None
+    peak_gpu_bytes: int | None
+    loss_curve: str | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class FinetuneStoppedError(Exception):
+    """A run was asked to stop, and did after saving a checkpoint.
+
+    Attributes:
+        step: the optimizer steps that are saved.
+        output: the run's folder.
+    """
+
+    def __init__(self, step: int, output: Path) -> None:
+        super().__init__(f"stopped after step {step}; {output} can be resumed")
+        self.step = step
+        self.output = output
+
+
+def finetune(
+    model: Any,
+    data: str | Path | Iterable[Mapping[str, Any]],
+    output: str | Path,
+    *,
+    tokenizer: Any = None,
+    resume: bool = False,
+    progress: Callable[[StepProgress], None] | None = None,
+    note: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    **options: Any,
+) -> FinetuneReport:
+    """Train adapters on a 4-bit model and save them in PEFT's format.
+
+    The folder then holds ``adapter_model.safetensors`` and ``adapter_config.json``, the tokenizer,
+    ``loss.jsonl``, ``loss.png``, ``fourbit_run.json`` (options and report), TensorBoard's events in
+    ``runs/`` if TensorBoard is installed, and the last checkpoints.
+
+    Args:
+        model: a folder that `convert` wrote, or a loaded model (then give its `tokenizer`).
+        data: see `load_training_data`.
+        output: the folder to write; it must not hold another run.
+        tokenizer: in place of the model folder's.
+        resume: go on from the newest checkpoint in `output`, and end in the same bits as without
+            the interruption. Options that are not given are those of the first run; others must
+            agree with it, but for `epochs`, `max_steps`, `save_steps` and `save_limit`.
+        progress: called with a `StepProgress` after each optimizer step.
+        note: called with sentences that a user should see; by default they are logged as warnings.
+        should_stop: asked after each step; when it says True a checkpoint is saved and
+            `FinetuneStoppedError` raised.
+        options: fields of `FinetuneOptions`.
+
+    Raises:
+        DataError: for data or a tokenizer that cannot be trained with; before training starts.
+        ValueError: for an option that makes no sense, or that differs from the run to be resumed.
+        FileNotFoundError: for a folder that is missing.
+        FileExistsError: if `output` holds a run already and `resume` is False.
+        FinetuneStoppedError: after `should_stop` said so.
+    """
+    folder = Path(output)
+    record, settings = _settings(folder, resume, options)
+    if isinstance(model, str | Path):
+        require_quantized(Path(model))
+    # What can be wrong with data and tokenizer is said before the model is read.
+    examples = load_training_data(data)
+    started = _started(model, settings, examples.fingerprint, examples.source)
+    if record is not None:
+        _check_same_inputs(folder, record, started)
+    tokenizer = _tokenizer(model, tokenizer, settings)
+    loss_on = resolve_loss(
+        examples,
+        tokenizer,
+        tokenizer_name=started.model_source,
+        assistant_only=settings.assistant_only,
+        completion_only=settings.completion_only,
+    )
+    say = note or _logger.warning
+    checkpoint = latest_checkpoint(folder) if resume else None
+    if resume and checkpoint is None:
+        say(f"{folder} has no complete checkpoint: starting from the first step")
+
+    # Heavy imports, for those who do train.
+    from fourbit.finetuning.trainer import RunCallback, build_trainer
+
+    trainable = _with_adapter(model, settings, checkpoint)
+    callback = RunCallback(folder, progress, should_stop)
+    trainer = build_trainer(
+        trainable, tokenizer, examples, settings, loss_on, folder, started.model_source, callback
+    )
+    counts = check_tokens(
+        trainer.train_dataset,
+        examples,
+        tokenizer,
+        embedding_rows=trainable.get_input_embeddings().weight.shape[0],
+        max_length=settings.max_length,
+        packing=settings.packing,
+    )
+    for sentence in counts.notes:
+        say(sentence)
+    folder.mkdir(parents=True, exist_ok=True)
+    started.write(folder)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - start
+    if checkpoint is not None and callback.first_step is None:
+        raise ValueError(
+            f"the run in {folder} is complete at step {steps_of(checkpoint)}; raise epochs or "
+            "max_steps to go on"
+        )
+    if callback.stopped:
+        raise FinetuneStoppedError(trainer.state.global_step, folder)
+    trainer.save_model(str(folder))
+    report = _report(trainer, callback, counts, loss_on, folder, checkpoint, seconds)
+    replace(started, report=asdict(report)).write(folder)
+    return report
+
+
+def _settings(
+    folder: Path, resume: bool, given: Mapping[str, Any]
+) -> tuple[RunRecord | None, FinetuneOptions]:
+    known = {field.name for field in fields(FinetuneOptions)}
+    for name in given:
+        if name not in known:
+            raise TypeError(f"finetune has no option {name!r}; see FinetuneOptions")
+    if resume:
+        record = read_record(folder)
+        return record, resumed_options(record, given)
+    if holds_run(folder):
+        raise FileExistsError(
+            f"{folder} holds a run or an adapter already; resume it (--resume), or choose another "
+            "folder"
+        )
+    return None, FinetuneOptions(**given)
+
+
+def _started(model: Any, settings: FinetuneOptions, data: str, data_source: str) -> RunRecord:
+    from_folder = isinstance(model, str | Path)
+    return RunRecord(
+        options=asdict(settings),
+        data=data,
+        model=model_fingerprint(Path(model)) if from_folder else "",
+        data_source=data_source,
+        model_source=str(model if from_folder else getattr(model, "name_or_path", "") or "model"),
+    )
+
+
+def _check_same_inputs(folder: Path, before: RunRecord, now: RunRecord) -> None:
+    for what, old, new, source in (
+        ("data", before.data, now.data, now.data_source),
+        ("model", before.model, now.model, now.model_source),
+    ):
+        if old != new:
+            raise ValueError(
+                f"{source} is not the {what} that the run in {folder} was started with; resume "
+                f"with the same {what}, or start a run in another folder"
+            )
+
+
+def _tokenizer(model: Any, tokenizer: Any, settings: FinetuneOptions) -> Any:
+    if tokenizer is None:
+        if not isinstance(model, str | Path):
+            raise ValueError("a loaded model needs its tokenizer: give tokenizer=...")
+        tokenizer = load_tokenizer(Path(model))
+    if settings.chat_template is not None:
+        tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _with_adapter(model: Any, settings: FinetuneOptions, checkpoint: Path | None) -> Any:
+    import transformers
+
+    from fourbit.linear import Linear4bit
+    from fourbit.lora import LoraLinear, add_lora, load_adapter
+    from fourbit.training import prepare_for_training
+
+    if isinstance(model, str | Path):
+        model = load_model(Path(model), _dtype(settings))
+    head = model.get_output_embeddings()
+    if isinstance(head, Linear4bit):
+        raise ValueError(
+            "the output head of the model is in 4 bits, and TRL computes the loss from its dense "
+            "weight; convert the model again with --skip lm_head"
+        )
+    prepare_for_training(model, gradient_checkpointing=settings.gradient_checkpointing)
+    if checkpoint is not None:
+        return load_adapter(model, checkpoint)
+    transformers.set_seed(settings.seed)
+    add_lora(
+        model,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights,
+    )
+    if isinstance(model.get_output_embeddings(), LoraLinear):
+        raise ValueError(
+            "target_modules names the output head, but TRL computes the loss from its weight alone "
+            "and would never train that adapter; leave it out"
+        )
+    return model
+
+
+def _dtype(settings: FinetuneOptions) -> Any:
+    import torch
+
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _report(
+    trainer: Any,
+    callback: Any,
+    counts: TokenCounts,
+    loss_on: LossOn,
+    folder: Path,
+    checkpoint: Path | None,
+    seconds: float,
+) -> FinetuneReport:
+    import torch
+
+    from fourbit.lora import adapter_size
+
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps, losses = [e["step"] for e in logged], [e["loss"] for e in logged]
+    tenth = max(1, len(losses) // 10)
+    curve = folder / LOSS_CURVE
+    drawn = draw_loss_curve(steps, losses, curve, f"Fine-tuning: {folder.resolve().name}")
+    return FinetuneReport(
+        output=str(folder),
+        steps=trainer.state.global_step,
+        resumed_from=None if checkpoint is None else steps_of(checkpoint),
+        examples=counts.examples,
+        learned_tokens=counts.learned,
+        loss_on=loss_on,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
+        trainable_parameters=adapter_size(trainer.model).parameters,
+        adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
+        tokens=callback.tokens,
+        seconds=seconds,
+        peak_memory_bytes=_peak_memory(),
+        peak_gpu_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        loss_curve=str(curve) if drawn else None,
+    )
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else 1024 * int(peak)

@@ -1,0 +1,221 @@
+"""TRL's SFTTrainer for our own adapters: checkpoints hold the adapter, not the model.
+
+Private parts of transformers (5.0 to 5.23 were read) that are replaced: ``Trainer._save``, which
+would write all weights, and ``Trainer._load_from_checkpoint``, which would look for them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from fourbit.data import LossOn, TrainingData
+from fourbit.finetuning.options import FinetuneOptions
+from fourbit.lora import save_adapter
+from fourbit.optim import PagedAdamW
+
+LOSS_LOG = "loss.jsonl"
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """Where a training run is.
+
+    Attributes:
+        step: optimizer steps done.
+        total: optimizer steps of the whole run.
+        loss: the loss logged last, mean negative log-likelihood a learned token; None before.
+        tokens: tokens seen, padding not counted.
+    """
+
+    step: int
+    total: int
+    loss: float | None
+    tokens: int
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no types
+    """`SFTTrainer` on a model with fourbit adapters.
+
+    A checkpoint is the adapter in PEFT's format, the optimizer, the schedule, the random state and
+    the trainer's state. Put the adapter of the checkpoint on the model before resuming from it.
+
+    Args:
+        base_name: what ``adapter_config.json`` names as the base.
+        kwargs: as for ``SFTTrainer``.
+    """
+
+    def __init__(self, *, base_name: str, **kwargs: Any) -> None:
+        self._base_name = base_name
+        super().__init__(**kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model)
+        save_adapter(model, folder, base_model_name_or_path=self._base_name)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter is on the model already."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None is written: the run's record says what was done."""
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    examples: TrainingData,
+    settings: FinetuneOptions,
+    loss_on: LossOn,
+    folder: Path,
+    base_name: str,
+    callback: TrainerCallback,
+) -> AdapterTrainer:
+    """A trainer ready to run; its ``train_dataset`` is tokenized, masked and cut."""
+    on_gpu = torch.cuda.is_available()
+    base_dtype = model.get_input_embeddings().weight.dtype
+    # `prepare_for_training` has turned checkpointing on; the trainer must not do it again. Its
+    # option was renamed in transformers 5.
+    names = {field.name for field in fields(SFTConfig)}
+    checkpointing = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in names
+        else "gradient_checkpointing"
+    )
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.lr_schedule,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        logging_steps=settings.logging_steps,
+        # A loss of NaN must be seen, not replaced by an average.
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=settings.save_limit,
+        report_to=["tensorboard"] if _has_tensorboard() else [],
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and base_dtype == torch.bfloat16,
+        fp16=on_gpu and base_dtype == torch.float16,
+        dataloader_pin_memory=on_gpu,
+        max_length=settings.max_length,
+        packing=settings.packing,
+        assistant_only_loss=loss_on == "assistant",
+        completion_only_loss=loss_on == "completion",
+        **{checkpointing: False},
+    )
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        trainer = AdapterTrainer(
+            base_name=base_name,
+            model=model,
+            args=arguments,
+            train_dataset=examples.dataset,
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=(
+                PagedAdamW,
+                {"lr": settings.lr, "state_bits": settings.optimizer_bits},
+            ),
+            callbacks=[callback],
+        )
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Writes the loss log, reports progress, and stops cleanly when asked to.
+
+    Args:
+        folder: where ``loss.jsonl`` is written: one JSON object a logged step.
+        progress: called after each optimizer step.
+        should_stop: asked after each optimizer step; True saves a checkpoint and ends the run.
+
+    Attributes:
+        stopped: whether the run was ended before its last step.
+        first_step: the first optimizer step that was taken, or None.
+        tokens: tokens seen since the run began or was resumed, padding not counted.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        progress: Callable[[StepProgress], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        self.path = folder / LOSS_LOG
+        self.progress = progress
+        self.should_stop = should_stop
+        self.stopped = False
+        self.first_step: int | None = None
+        self.tokens = 0
+        self._tokens_before = 0
+        self._loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the log with what the checkpoint remembers, and nothing logged after it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(map(_line, state.log_history)))
+        self._tokens_before = int(state.num_input_tokens_seen)
+        self._report(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append the entry that was logged last."""
+        entry = state.log_history[-1]
+        self._loss = entry.get("loss", self._loss)
+        if self._loss is not None and not math.isfinite(self._loss):
+            raise FloatingPointError(
+                f"the loss is {self._loss} at step {state.global_step}; lower the learning rate, "
+                "or compute in bfloat16 or float32"
+            )
+        with self.path.open("a") as file:
+            file.write(_line(entry))
+        self._report(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask whether to stop; the trainer saves after this."""
+        if self.first_step is None:
+            self.first_step = state.global_step
+        self.tokens = int(state.num_input_tokens_seen) - self._tokens_before
+        if self.should_stop is not None and self.should_stop():
+            self.stopped = state.global_step < state.max_steps
+            control.should_log = control.should_save = control.should_training_stop = True
+        self._report(state)
+
+    def _report(self, state: Any) -> None:
+        if self.progress is not None:
+            tokens = int(state.num_input_tokens_seen)
+            self.progress(StepProgress(state.global_step, state.max_steps, self._loss, tokens))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

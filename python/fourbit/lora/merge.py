@@ -1,0 +1,166 @@
+"""`merge` and `unmerge`: the adapter inside the frozen weights, and out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fourbit._core import NonFiniteError
+from fourbit.linear import Linear4bit
+from fourbit.lora.attach import lora_modules
+from fourbit.lora.layer import LoraLinear, base_weight, merged_weight
+from fourbit.lora.loftq import requantize
+from fourbit.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """What rounding left of one layer's change ``D``, the merged weight less the base.
+
+    With ``E`` the change that the layer has after rounding to 4 (or 16) bits:
+
+    Attributes:
+        relative_error: ``‖E - D‖ / ‖D‖``: 0 is exact, 1 says that as much noise as change went in.
+        survived: ``<E, D> / ‖D‖²``: the part of the change that is there: 1 is all of it.
+        change: ``‖D‖ / ‖W‖``: how large the change is beside the base.
+    """
+
+    relative_error: float
+    survived: float
+    change: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How well a merge went, by path of the layer. Layers without any change count as exact."""
+
+    layers: Mapping[str, LayerMerge]
+
+    @property
+    def worst(self) -> str:
+        """The path of the layer with the largest relative error."""
+        return max(self.layers, key=lambda path: self.layers[path].relative_error)
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Of all layers alike."""
+        return sum(layer.relative_error for layer in self.layers.values()) / len(self.layers)
+
+    def __str__(self) -> str:
+        """One line for a report."""
+        worst = self.layers[self.worst]
+        return (
+            f"merged {len(self.layers)} layers; error relative to the adapter's change: mean "
+            f"{self.mean_relative_error:.2f}, worst {worst.relative_error:.2f} ({self.worst})"
+        )
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> MergeReport:
+    """Add the adapters to the frozen weights, in place: no adapter has to be computed any more.
+
+    The sum is made in float32. A dense weight is rounded to its dtype; a 4-bit one is quantized
+    again in its own format, which loses part of a small change: the report says how much. To keep
+    all of it, use ``fourbit.export_merged``. The weights before the merge stay in memory until
+    `unmerge` or `remove_lora`, and modules of `modules_to_save` are in place already.
+
+    Returns:
+        What became of every layer.
+
+    Raises:
+        ValueError: if the model has no adapter, or is merged.
+        NonFiniteError: naming the layer whose adapter has NaN or infinity; nothing is changed.
+        TypeError: for a base in another library's format; nothing is changed.
+    """
+    layers = _layers(model)
+    for path, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{path} is merged already; call fourbit.unmerge first")
+    report: dict[str, LayerMerge] = {}
+    try:
+        for path, layer in layers.items():
+            report[path] = _merge_layer(path, layer)
+    except BaseException:
+        for layer in layers.values():
+            if layer.merged:
+                _unmerge_layer(layer)
+        raise
+    return MergeReport(report)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Put the frozen weights back as they were before `merge`, bit for bit, in place.
+
+    Raises:
+        ValueError: if the model has no adapter, or is not merged.
+    """
+    layers = _layers(model)
+    for path, layer in layers.items():
+        if not layer.merged:
+            raise ValueError(f"{path} is not merged; there is nothing to undo")
+    for layer in layers.values():
+        _unmerge_layer(layer)
+
+
+def _layers(model: nn.Module) -> dict[str, LoraLinear]:
+    layers = lora_modules(model)
+    if not layers:
+        raise ValueError("the model has no adapter; call fourbit.add_lora or load_adapter first")
+    return layers
+
+
+def _merge_layer(path: str, layer: LoraLinear) -> LayerMerge:
+    base = layer.base_layer
+    wanted = merged_weight(layer)
+    if not wanted.isfinite().all():
+        raise NonFiniteError(f"the adapter of {path} gives NaN or infinity; it cannot be merged")
+    before = base_weight(base)
+    original = _stored(base)
+    # Requantizing moves even an unchanged weight a little where its scales are quantized too.
+    if not torch.equal(wanted, before):
+        _store(base, wanted, original)
+    layer._original = original
+    if not base_weight(base).isfinite().all():
+        # float16 ends at 65504.
+        _unmerge_layer(layer)
+        raise NonFiniteError(f"the merged weight of {path} does not fit {base.weight.dtype}")
+    return _compare(before, wanted, base_weight(base))
+
+
+def _unmerge_layer(layer: LoraLinear) -> None:
+    base, original = layer.base_layer, layer._original
+    device = base.weight.device
+    if isinstance(original, QuantizedTensor) and isinstance(base, Linear4bit):
+        base.set_quantized(original.to(device))
+    elif isinstance(original, Tensor):
+        base.weight = nn.Parameter(original.to(device), requires_grad=False)
+    layer._original = None
+
+
+def _stored(base: nn.Linear) -> QuantizedTensor | Tensor:
+    return base.quantized() if isinstance(base, Linear4bit) else base.weight.detach()
+
+
+def _store(base: nn.Linear, weight: Tensor, original: QuantizedTensor | Tensor) -> None:
+    # New parameters, so that the old memory stays as it is for the way back.
+    if isinstance(base, Linear4bit) and isinstance(original, QuantizedTensor):
+        base.set_quantized(requantize(weight, original))
+    else:
+        base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+
+
+def _compare(before: Tensor, wanted: Tensor, after: Tensor) -> LayerMerge:
+    change, error = wanted - before, after - wanted
+    size = torch.linalg.vector_norm(change).item()
+    if size == 0:
+        return LayerMerge(relative_error=0.0, survived=1.0, change=0.0)
+    survived = torch.sum((after - before) * change, dtype=torch.float64).item() / size**2
+    return LayerMerge(
+        relative_error=torch.linalg.vector_norm(error).item() / size,
+        survived=survived,
+        change=size / torch.linalg.vector_norm(before).clamp_min(1e-38).item(),
+    )

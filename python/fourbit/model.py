@@ -1,0 +1,105 @@
+"""`quantize_model`: 4-bit layers in the place of a model's linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fourbit import _core
+from fourbit.codebook import Codebook, as_codebook
+from fourbit.linear import Linear4bit
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def quantize_model(
+    model: Model,
+    *,
+    codebook: str | Mapping[int, float] | Codebook = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Model:
+    """Put `Linear4bit` in the place of a model's linear layers, one after the other, in place.
+
+    Output heads, routers of experts, layers tied to another module and layers smaller than one
+    block stay as they are, as ``fourbit.convert`` leaves them.
+
+    Args:
+        model: any module.
+        codebook: "nf4", "fp4", "int4", an ``{index: value}`` map or a `Codebook`.
+        block_size: elements of a weight that share a scale.
+        double_quant: whether the scales are quantized too.
+        only: glob patterns over paths of layers; others stay, and heads and routers that match do
+            not.
+        skip: glob patterns over paths of layers that stay.
+
+    Returns:
+        The model.
+
+    Raises:
+        NonFiniteError: naming the layer and the first weight that is NaN or infinite.
+        ValueError: for a pattern that matches no linear layer, or a model without any to quantize.
+    """
+    book = as_codebook(codebook)
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+    }
+    for pattern in (*only, *skip):
+        if not any(fnmatchcase(path, pattern) for path in layers):
+            raise ValueError(f"the pattern {pattern!r} matches no linear layer of the model")
+    tied = _tied_parameters(model)
+
+    def wanted(path: str, layer: nn.Linear) -> bool:
+        if id(layer.weight) in tied or layer.weight.numel() < block_size:
+            return False
+        if any(fnmatchcase(path, pattern) for pattern in skip):
+            return False
+        if only:
+            return any(fnmatchcase(path, pattern) for pattern in only)
+        return _core.kept_module(path) is None and layer is not _output_embeddings(model)
+
+    targets = {path: layer for path, layer in layers.items() if wanted(path, layer)}
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
+    for path, layer in targets.items():
+        try:
+            quantized = Linear4bit.from_linear(
+                layer, codebook=book, block_size=block_size, double_quant=double_quant
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {path}: {error}") from None
+        replace_module(model, layer, quantized.train(layer.training))
+    return model
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """The parameters that more than one module holds."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Under every name that it has: layers may be shared."""
+    if old is model:
+        raise ValueError("the model is itself a linear layer; use fourbit.Linear4bit.from_linear")
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

@@ -1,0 +1,361 @@
+"""`save` and `load`: models and folders.
+
+The files are those of ``fourbit.convert``; this module says which tensor of a model goes where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fourbit import _core, ops
+from fourbit._core import CheckpointError
+from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
+from fourbit.codebook import Codebook
+from fourbit.linear import Linear4bit
+from fourbit.lora.attach import has_adapter
+from fourbit.model import replace_module
+from fourbit.quantized import QuantizedTensor
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_FILE_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_TORCH_DTYPES = {name: dtype for dtype, name in _FILE_DTYPES.items()}
+
+
+# --- save -----------------------------------------------------------------------------------------
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> None:
+    """Write a quantized model to a folder: what ``fourbit.convert`` writes, from memory.
+
+    A model of transformers has its configuration saved too, and transformers with bitsandbytes
+    loads the folder. The index is written last: before it, nothing is there that loads.
+
+    Args:
+        model: any module; its `Linear4bit` layers are written as they are, all else plain.
+        folder: a new or empty folder.
+        max_shard_bytes: largest size of one file.
+
+    Raises:
+        ValueError: if the model has adapters; they have files of their own.
+        FileExistsError: if the folder holds a checkpoint.
+    """
+    if has_adapter(model):
+        raise ValueError(
+            "the model has adapters; save them with fourbit.save_adapter, "
+            "or take them out with fourbit.remove_lora first"
+        )
+    layers = {
+        path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
+    written: list[TensorGroup] = []
+    for name, tensor in untied_state(model).items():
+        path, _, leaf = name.rpartition(".")
+        if path not in layers:
+            written.append(plain_group(name, tensor))
+        elif leaf == "weight":
+            written.append(_quantized_group(name, layers[path]))
+        elif leaf == "bias":
+            written.append(plain_group(name, tensor))
+    write_groups(folder, written, max_shard_bytes, config_files(model, layers))
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors of one file: names, dtypes and shapes, and how to get them when they are written."""
+
+    entries: list[tuple[str, str, list[int]]]
+    tensors: Callable[[], Iterator[Tensor]]
+
+
+def plain_group(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorGroup:
+    """A tensor as it is, or cast to `dtype` when it is written."""
+
+    def tensors() -> Iterator[Tensor]:
+        yield tensor if dtype is None else tensor.to(dtype)
+
+    return TensorGroup(
+        [(name, file_dtype(name, dtype or tensor.dtype), list(tensor.shape))], tensors
+    )
+
+
+def _quantized_group(name: str, layer: Linear4bit) -> TensorGroup:
+    quantized = layer.quantized()
+    offset = quantized.nested_offset
+    parts, state = _core.quantized_layout(
+        name,
+        codebook=quantized.codebook.core,
+        block_size=quantized.block_size,
+        dtype=str(quantized.dtype).removeprefix("torch."),
+        shape=list(quantized.shape),
+        nested_offset=None if offset is None else ops.float_values(offset.cpu()).item(),
+    )
+
+    def tensors() -> Iterator[Tensor]:
+        for part in parts:
+            yield _part(quantized, part["part"], state)
+
+    return TensorGroup([(part["name"], part["dtype"], part["shape"]) for part in parts], tensors)
+
+
+def _part(quantized: QuantizedTensor, part: str, state: bytes) -> Tensor:
+    if part == "quant_map":
+        return torch.tensor(quantized.codebook.values)
+    if part == "nested_quant_map":
+        return torch.tensor(_core.Codebook.by_name("dynamic-signed").values)
+    if part == "quant_state":
+        return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    tensor: Tensor | None = getattr(quantized, part)
+    assert tensor is not None, part
+    return tensor
+
+
+def file_dtype(name: str, dtype: torch.dtype) -> str:
+    """The file format's name of a dtype.
+
+    Raises:
+        TypeError: naming the tensor, where there is none.
+    """
+    try:
+        return _FILE_DTYPES[dtype]
+    except KeyError:
+        raise TypeError(f"{name} is {dtype}, which the file format has no type for") from None
+
+
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with tensors that share their memory under their first name alone."""
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is extra state of a module, which is not supported")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no data; load the model first")
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        state[name] = tensor
+    return state
+
+
+def write_groups(
+    folder: str | os.PathLike[str],
+    groups: list[TensorGroup],
+    max_shard_bytes: int,
+    files: list[tuple[str, bytes]],
+) -> None:
+    """Write a checkpoint; after an error or an interrupt, nothing is there that loads."""
+    writer = _core.CheckpointWriter(
+        Path(folder),
+        [group.entries for group in groups],
+        max_shard_bytes=max_shard_bytes,
+        files=files,
+    )
+    try:
+        with torch.no_grad():
+            for group in groups:
+                for (name, _, _), tensor in zip(group.entries, group.tensors(), strict=True):
+                    data = tensor.detach().cpu().contiguous().reshape(-1)
+                    writer.write(name, data.view(torch.uint8))
+        writer.finish()
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def config_files(model: nn.Module, layers: Mapping[str, Linear4bit]) -> list[tuple[str, bytes]]:
+    """``config.json`` and ``generation_config.json`` of a transformers model."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return []
+    text = without_quantization(config.to_json_string())
+    if layers:
+        first = next(iter(layers.values()))
+        skipped = [
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and path not in layers
+        ]
+        text = _core.add_quantization_config(
+            text,
+            codebook=first.codebook.core,
+            block_size=first.block_size,
+            double_quant=first.double_quant,
+            dtype=str(first.weight_dtype).removeprefix("torch."),
+            skipped=skipped,
+        )
+    files = [("config.json", text.encode())]
+    generation: Any = getattr(model, "generation_config", None)
+    if hasattr(generation, "to_json_string"):
+        files.append(("generation_config.json", generation.to_json_string().encode()))
+    return files
+
+
+def without_quantization(config: str) -> str:
+    """The text of a ``config.json`` less its ``quantization_config``."""
+    fields = json.loads(config)
+    fields.pop("quantization_config", None)
+    return json.dumps(fields, indent=2) + "\n"
+
+
+# --- load -----------------------------------------------------------------------------------------
+
+
+def load(
+    model: Model, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+) -> Model:
+    """Fill a model from a folder of ours or of bitsandbytes, in place, tensor by tensor.
+
+    Linear layers whose weights are quantized in the folder become `Linear4bit`. Every tensor is
+    compared with its checksum where the folder has one (all of ours do).
+
+    Args:
+        model: with the folder's names; it may be on the meta device.
+        folder: of `save`, ``fourbit.convert`` or bitsandbytes; a plain safetensors folder works.
+        device: where tensors go whose place in the model is on the meta device.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: without such a folder.
+        CheckpointError: naming the file and the tensor that is damaged, missing, left over or of
+            another shape. Names and shapes are checked before the model is touched.
+    """
+    reader = _core.CheckpointReader(Path(folder))
+    stored = {entry["name"]: entry for entry in reader.tensors()}
+    quantized = {entry["name"]: entry for entry in reader.quantized()}
+    of_quantized = {part for entry in quantized.values() for part in entry["parts"].values()}
+    plain = {name: entry for name, entry in stored.items() if name not in of_quantized}
+    state = model.state_dict(keep_vars=True)
+    _check_names(folder, model, state, quantized, plain)
+
+    def read(name: str) -> Tensor:
+        entry = stored[name]
+        data = torch.empty(entry["bytes"], dtype=torch.uint8)
+        reader.read_into(name, data)
+        return data
+
+    for name, entry in quantized.items():
+        tensor = _read_quantized(entry, read)
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        tensor = tensor.to(device if layer.weight.is_meta else layer.weight.device)
+        if isinstance(layer, Linear4bit):
+            layer.set_quantized(tensor)
+        else:
+            new = Linear4bit.from_quantized(tensor, bias=layer.bias)
+            replace_module(model, layer, new.train(layer.training))
+    for name, stored_as in plain.items():
+        data = read(name).view(_TORCH_DTYPES[stored_as["dtype"]]).reshape(stored_as["shape"])
+        target = state[name]
+        place = torch.device(device) if target.is_meta else target.device
+        _assign(model, target, data.to(device=place, dtype=target.dtype))
+    return model
+
+
+def _read_quantized(entry: Any, read: Callable[[str], Tensor]) -> QuantizedTensor:
+    # All parts are read, so that all are compared with their checksums.
+    parts = {part: read(name) for part, name in entry["parts"].items()}
+    nested_offset = None
+    if entry["double_quant"]:
+        nested_offset = ops.float_bytes(torch.tensor([entry["nested_offset"]]))
+    return QuantizedTensor(
+        parts["packed"].reshape(-1, 1),
+        parts["absmax"],
+        parts.get("nested_absmax"),
+        nested_offset,
+        Codebook.from_core(entry["codebook"]),
+        entry["block_size"],
+        torch.Size(entry["shape"]),
+        getattr(torch, entry["dtype"]),
+    )
+
+
+def _assign(model: nn.Module, target: Tensor, tensor: Tensor) -> None:
+    if not target.is_meta:
+        target.data = tensor
+        return
+    # A meta tensor cannot take data: a new one goes wherever the old one is, ties included.
+    new = nn.Parameter(tensor, target.requires_grad) if isinstance(target, nn.Parameter) else tensor
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, held in slots.items():
+                if held is target:
+                    slots[name] = new  # type: ignore[assignment]
+
+
+def _check_names(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    quantized: Mapping[str, Any],
+    plain: Mapping[str, Any],
+) -> None:
+    """Every tensor of the folder has its place, and every place its tensor."""
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{os.fspath(folder)} does not fit the model: {what}")
+
+    filled: set[int] = set()
+    packed: set[str] = set()
+    for name, entry in quantized.items():
+        path = name.removesuffix(".weight")
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            raise refuse(f"the model has no layer {path}") from None
+        if not isinstance(layer, nn.Linear):
+            raise refuse(f"{path} is quantized, but a {type(layer).__name__} in the model")
+        if [layer.out_features, layer.in_features] != list(entry["shape"]):
+            raise refuse(
+                f"{name} is {entry['shape']}, "
+                f"and the layer {[layer.out_features, layer.in_features]}"
+            )
+        for leaf, tensor in layer.state_dict(keep_vars=True).items():
+            if leaf != "bias":
+                packed.add(f"{path}.{leaf}")
+                filled.add(id(tensor))
+    for name, entry in plain.items():
+        if name not in state:
+            raise refuse(f"the model has no tensor {name}")
+        if name in packed or state[name].dtype == torch.uint8 != _TORCH_DTYPES.get(entry["dtype"]):
+            raise refuse(f"{name} is quantized in the model, but not in the folder")
+        if list(state[name].shape) != list(entry["shape"]):
+            raise refuse(f"{name} is {entry['shape']}, and {list(state[name].shape)} in the model")
+        if entry["dtype"] not in _TORCH_DTYPES:
+            raise refuse(f"{name} is {entry['dtype']}, which torch has no type for")
+        filled.add(id(state[name]))
+    # By identity: a tied or shared tensor is filled under any of its names.
+    missing = [name for name, tensor in state.items() if id(tensor) not in filled]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise refuse(f"it has no tensor {missing[0]}{more}")

@@ -1,0 +1,89 @@
+"""Distributed parameters: the ``DTensor`` of FSDP2, stepped shard by shard.
+
+AdamW works element by element, so every process steps the shard it holds. Two things cross shards:
+the scales of 8-bit state, which need a global shape of their own, and the decision to skip a tensor
+whose gradient is not finite, which all processes must take together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit.layout import block_count
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``. Asked without importing that, which takes a second."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: its shard if it is distributed."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def placements(tensor: Tensor | None) -> Any:
+    """How it is distributed; None for a plain tensor."""
+    return getattr(tensor, "placements", None)
+
+
+def zero_scales(param: Tensor, block_size: int) -> Tensor:
+    """float32 zeros for the scales of blocks of a parameter, distributed as it is.
+
+    A plain parameter has [blocks]. The blocks of a distributed one do not cross shards, so shard
+    `i` has row `i` of [shards, blocks], wide enough for the largest shard; there is one more
+    dimension for every further mesh dimension that shards. So the rows are always divided evenly,
+    however the parameter is, and survive being gathered and distributed again.
+    """
+    if not is_distributed(param):
+        blocks = block_count(param.numel(), block_size)
+        return torch.zeros(blocks, dtype=torch.float32, device=param.device)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    shape, shard_axes = list(param.shape), 0
+    scale_placements: list[Shard | Replicate] = []
+    for placement, size in zip(placements(param), mesh.shape, strict=True):
+        if hasattr(placement, "dim"):
+            shape[placement.dim] = -(-shape[placement.dim] // size)
+            scale_placements.append(Shard(shard_axes))
+            shard_axes += 1
+        else:
+            scale_placements.append(Replicate())
+    blocks = block_count(torch.Size(shape).numel(), block_size)
+    row = torch.zeros([1] * shard_axes + [blocks], device=local(param).device)
+    return DTensor.from_local(row, mesh, scale_placements, run_check=False)
+
+
+def local_scales(scales: Tensor, param: Tensor, block_size: int) -> Tensor:
+    """The scales of this process's shard: a contiguous view, float32 [blocks]."""
+    return local(scales).view(-1)[: block_count(local(param).numel(), block_size)]
+
+
+def finite_everywhere(params: list[Tensor]) -> list[bool]:
+    """Whether the gradients of distributed parameters are finite in all their shards.
+
+    One collective for each mesh and its dimensions; all processes call it with the same parameters.
+    """
+    by_mesh: dict[Any, list[int]] = defaultdict(list)
+    for index, param in enumerate(params):
+        by_mesh[param.device_mesh].append(index)  # type: ignore[attr-defined]
+    finite = [True] * len(params)
+    for mesh, indices in by_mesh.items():
+        flags = torch.tensor([_is_finite(params[index].grad) for index in indices]).int()
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN, group)
+        for index, flag in zip(indices, flags.tolist(), strict=True):
+            finite[index] = bool(flag)
+    return finite
+
+
+def _is_finite(grad: Tensor | None) -> bool:
+    assert grad is not None
+    return bool(local(grad).isfinite().all())

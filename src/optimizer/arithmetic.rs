@@ -1,0 +1,111 @@
+//! The update itself, compiled once for each instruction set; the compiler vectorises it. No
+//! operation is fused or reordered, so every version gives the same bits.
+#![allow(unsafe_code)]
+
+use super::AdamW;
+use crate::Backend;
+use crate::blockwise::Kind;
+
+/// What the settings and the step count amount to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Constants {
+    /// What weight decay leaves of a parameter.
+    keep: f32,
+    beta1: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    /// The learning rate with the first bias correction; negative to go down.
+    stride: f32,
+    /// The second bias correction.
+    second_correction: f32,
+    eps: f32,
+}
+
+impl Constants {
+    /// Computed in double precision and rounded once.
+    // Rounding is meant; steps are far below 2^53.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
+    pub(super) fn new(settings: &AdamW, step: u64) -> Self {
+        let step = step as f64;
+        let stride = settings.lr / (1.0 - settings.beta1.powf(step));
+        Self {
+            keep: (1.0 - settings.lr * settings.weight_decay) as f32,
+            beta1: settings.beta1 as f32,
+            one_minus_beta1: (1.0 - settings.beta1) as f32,
+            beta2: settings.beta2 as f32,
+            one_minus_beta2: (1.0 - settings.beta2) as f32,
+            stride: if settings.maximize { stride } else { -stride } as f32,
+            second_correction: (1.0 / (1.0 - settings.beta2.powf(step)).sqrt()) as f32,
+            eps: settings.eps as f32,
+        }
+    }
+}
+
+/// Compiles an inlined function for each instruction set and picks by backend.
+macro_rules! versions {
+    ($(#[$doc:meta])* $name:ident = $body:ident($($argument:ident: $type:ty),*) -> $result:ty) => {
+        $(#[$doc])*
+        pub(super) fn $name(backend: Backend, $($argument: $type),*) -> $result {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+            fn avx512($($argument: $type),*) -> $result {
+                $body($($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2")]
+            fn avx2($($argument: $type),*) -> $result {
+                $body($($argument),*)
+            }
+            // SAFETY: a `Backend` exists only where the processor has its features.
+            #[cfg_attr(not(target_arch = "x86_64"), allow(unused_unsafe))]
+            unsafe {
+                match backend.kind() {
+                    Kind::Scalar => $body($($argument),*),
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Avx2 => avx2($($argument),*),
+                    #[cfg(target_arch = "x86_64")]
+                    Kind::Avx512 => avx512($($argument),*),
+                    // Every 64-bit Arm program is compiled with NEON.
+                    #[cfg(target_arch = "aarch64")]
+                    Kind::Neon => $body($($argument),*),
+                }
+            }
+        }
+    };
+}
+
+versions! {
+    /// Updates the parameters `p` and the moments `m` and `v` with the gradients `g`, all of one
+    /// length.
+    update = update_inlined(
+        c: &Constants,
+        p: &mut [f32],
+        g: &[f32],
+        m: &mut [f32],
+        v: &mut [f32]
+    ) -> ()
+}
+
+versions! {
+    /// Whether all magnitudes are below `limit`. A NaN is not.
+    all_below = all_below_inlined(numbers: &[f32], limit: f32) -> bool
+}
+
+#[inline(always)]
+fn update_inlined(c: &Constants, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+        *m = c.beta1 * *m + c.one_minus_beta1 * g;
+        *v = c.beta2 * *v + c.one_minus_beta2 * (g * g);
+        let denominator = v.sqrt() * c.second_correction + c.eps;
+        *p = *p * c.keep + c.stride * (*m / denominator);
+    }
+}
+
+#[inline(always)]
+fn all_below_inlined(numbers: &[f32], limit: f32) -> bool {
+    // No early exit, which would keep it from being vectorised.
+    numbers
+        .iter()
+        .fold(true, |all, number| all & (number.abs() < limit))
+}

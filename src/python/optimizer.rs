@@ -1,0 +1,214 @@
+//! AdamW steps for Python.
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use super::tensor::Tensor;
+use super::threads::detached;
+use crate::element::Dtype;
+use crate::optimizer::{self, AdamW, Floats, FloatsMut, Parameter, State};
+
+/// One AdamW step of every parameter, with the moments in float32.
+///
+/// All lists have one entry a parameter, all tensors of an entry one number of elements. `params`
+/// and `grads` are float32, float16 or bfloat16, `exp_avgs` and `exp_avg_sqs` float32; `steps` are
+/// the step counts from 1. Parameters and moments change in place. Returns the indices of
+/// parameters that were left alone because their gradient is not finite, or has an element of 2^63
+/// or more.
+#[pyfunction]
+#[pyo3(signature = (
+    params, grads, exp_avgs, exp_avg_sqs, *,
+    lr, beta1, beta2, eps, weight_decay, steps, threads, maximize=false
+))]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn adamw32_step(
+    py: Python<'_>,
+    mut params: Vec<Tensor<'_>>,
+    grads: Vec<Tensor<'_>>,
+    mut exp_avgs: Vec<Tensor<'_>>,
+    mut exp_avg_sqs: Vec<Tensor<'_>>,
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    weight_decay: f64,
+    steps: Vec<u64>,
+    threads: usize,
+    maximize: bool,
+) -> PyResult<Vec<usize>> {
+    check_counts(
+        params.len(),
+        &[
+            ("grads", grads.len()),
+            ("exp_avgs", exp_avgs.len()),
+            ("exp_avg_sqs", exp_avg_sqs.len()),
+            ("steps", steps.len()),
+        ],
+    )?;
+    check_disjoint(&[&params, &exp_avgs, &exp_avg_sqs], &grads)?;
+    let settings = AdamW {
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        maximize,
+    };
+    let parameters = params
+        .iter_mut()
+        .zip(&grads)
+        .zip(exp_avgs.iter_mut().zip(&mut exp_avg_sqs))
+        .zip(steps)
+        .map(|(((values, gradient), (exp_avg, exp_avg_sq)), step)| {
+            Ok(Parameter {
+                values: floats_mut(values)?,
+                gradient: floats(gradient)?,
+                state: State::Full {
+                    exp_avg: exp_avg.slice_mut()?,
+                    exp_avg_sq: exp_avg_sq.slice_mut()?,
+                },
+                step,
+            })
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    detached(py, threads, || optimizer::step(&settings, parameters))
+}
+
+/// As `adamw32_step`, with the moments in uint8 codes and one float32 scale for every 256 of them:
+/// `exp_avg_codes` by the signed dynamic map, `exp_avg_sq_codes` by the unsigned one. A fresh
+/// state is zeros everywhere.
+#[pyfunction]
+#[pyo3(signature = (
+    params, grads, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, *,
+    lr, beta1, beta2, eps, weight_decay, steps, threads, maximize=false
+))]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn adamw8_step(
+    py: Python<'_>,
+    mut params: Vec<Tensor<'_>>,
+    grads: Vec<Tensor<'_>>,
+    mut exp_avg_codes: Vec<Tensor<'_>>,
+    mut exp_avg_absmax: Vec<Tensor<'_>>,
+    mut exp_avg_sq_codes: Vec<Tensor<'_>>,
+    mut exp_avg_sq_absmax: Vec<Tensor<'_>>,
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    weight_decay: f64,
+    steps: Vec<u64>,
+    threads: usize,
+    maximize: bool,
+) -> PyResult<Vec<usize>> {
+    check_counts(
+        params.len(),
+        &[
+            ("grads", grads.len()),
+            ("exp_avg_codes", exp_avg_codes.len()),
+            ("exp_avg_absmax", exp_avg_absmax.len()),
+            ("exp_avg_sq_codes", exp_avg_sq_codes.len()),
+            ("exp_avg_sq_absmax", exp_avg_sq_absmax.len()),
+            ("steps", steps.len()),
+        ],
+    )?;
+    check_disjoint(
+        &[
+            &params,
+            &exp_avg_codes,
+            &exp_avg_absmax,
+            &exp_avg_sq_codes,
+            &exp_avg_sq_absmax,
+        ],
+        &grads,
+    )?;
+    let settings = AdamW {
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        maximize,
+    };
+    let first = exp_avg_codes.iter_mut().zip(&mut exp_avg_absmax);
+    let second = exp_avg_sq_codes.iter_mut().zip(&mut exp_avg_sq_absmax);
+    let parameters = params
+        .iter_mut()
+        .zip(&grads)
+        .zip(first.zip(second))
+        .zip(steps)
+        .map(|(((values, gradient), (first, second)), step)| {
+            Ok(Parameter {
+                values: floats_mut(values)?,
+                gradient: floats(gradient)?,
+                state: State::Blockwise {
+                    exp_avg: first.0.slice_mut()?,
+                    exp_avg_absmax: first.1.slice_mut()?,
+                    exp_avg_sq: second.0.slice_mut()?,
+                    exp_avg_sq_absmax: second.1.slice_mut()?,
+                },
+                step,
+            })
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    detached(py, threads, || optimizer::step(&settings, parameters))
+}
+
+fn floats<'a>(tensor: &'a Tensor<'_>) -> PyResult<Floats<'a>> {
+    Ok(match tensor.float_dtype()? {
+        Dtype::F32 => Floats::F32(tensor.slice()?),
+        Dtype::F16 => Floats::F16(tensor.slice()?),
+        Dtype::Bf16 => Floats::Bf16(tensor.slice()?),
+    })
+}
+
+fn floats_mut<'a>(tensor: &'a mut Tensor<'_>) -> PyResult<FloatsMut<'a>> {
+    Ok(match tensor.float_dtype()? {
+        Dtype::F32 => FloatsMut::F32(tensor.slice_mut()?),
+        Dtype::F16 => FloatsMut::F16(tensor.slice_mut()?),
+        Dtype::Bf16 => FloatsMut::Bf16(tensor.slice_mut()?),
+    })
+}
+
+fn check_counts(params: usize, lists: &[(&str, usize)]) -> PyResult<()> {
+    for (name, count) in lists {
+        if *count != params {
+            return Err(PyValueError::new_err(format!(
+                "{name} has {count} entries where params has {params}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses lists in which written memory stands twice, or is also read: two mutable slices of the
+/// same memory must never be made.
+fn check_disjoint(written: &[&Vec<Tensor<'_>>], read: &[Tensor<'_>]) -> PyResult<()> {
+    let mut ranges = Vec::new();
+    for (list, writes) in written
+        .iter()
+        .map(|list| (list.as_slice(), true))
+        .chain([(read, false)])
+    {
+        for tensor in list {
+            let bytes = tensor.bytes()?;
+            if !bytes.is_empty() {
+                ranges.push((bytes.start, bytes.end, writes));
+            }
+        }
+    }
+    ranges.sort_unstable();
+    // The furthest ends so far: of anything, and of anything that is written.
+    let (mut end, mut written_end) = (0, 0);
+    for (start, stop, writes) in ranges {
+        if start < written_end || (writes && start < end) {
+            return Err(PyValueError::new_err(
+                "the same memory stands twice in the lists; name each parameter and state once",
+            ));
+        }
+        end = end.max(stop);
+        if writes {
+            written_end = written_end.max(stop);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+"""transformers with bitsandbytes reads our folders, and we read theirs: equal logits.
+
+bitsandbytes runs in a process of its own, without fourbit in it.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+import fourbit
+
+pytest.importorskip("bitsandbytes")
+transformers = pytest.importorskip("transformers")
+BASE = REPOSITORY / "examples" / "base_model"
+
+THEIR_SIDE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+task, source, target, options = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+tokens = torch.arange(3, 51).reshape(2, 24)
+if task == "write":
+    storage = getattr(torch, options.pop("storage"))
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=storage, **options
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, dtype=torch.float32
+    )
+    # Before the first forward pass: in eval mode that one reorders the scales.
+    model.save_pretrained(target)
+else:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, options["dtype"]))
+layers = [m for m in model.modules() if type(m).__module__.startswith("bitsandbytes")]
+assert layers, "bitsandbytes is not in use"
+assert "fourbit" not in sys.modules
+model.train()  # its training path dequantizes the weight as stored
+with torch.no_grad():
+    torch.save(model(tokens).logits, target + "/logits.pt" if task == "write" else target)
+print(len(layers))
+"""
+
+
+def theirs(task, source, target, **options):
+    command = [sys.executable, "-c", THEIR_SIDE, task, str(source), str(target)]
+    done = subprocess.run(
+        [*command, json.dumps(options)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def our_logits(folder, dtype):
+    model = fourbit.from_pretrained(folder, dtype=dtype)
+    return model(torch.arange(3, 51).reshape(2, 24)).logits
+
+
+# bitsandbytes computes in bfloat16 even where float32 is asked for, so each of the 28 layers
+# rounds its inputs, weights and outputs to 8 bits of mantissa.
+def assert_equal_within_bf16(ours, others):
+    difference = (ours.float() - others.float()).norm() / ours.float().norm()
+    assert difference < 2**-7, difference
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+def test_they_read_ours(codebook, double_quant, tmp_path):
+    fourbit.convert(BASE, tmp_path / "ours", codebook=codebook, double_quant=double_quant)
+    count = theirs("read", tmp_path / "ours", tmp_path / "logits.pt", dtype="bfloat16")
+    assert count == 28
+    ours = our_logits(tmp_path / "ours", torch.bfloat16)
+    assert_equal_within_bf16(ours, torch.load(tmp_path / "logits.pt", weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bnb_4bit_use_double_quant": False, "storage": "uint8"},
+        {"bnb_4bit_use_double_quant": True, "storage": "uint8"},
+        {"bnb_4bit_use_double_quant": False, "storage": "bfloat16"},
+        {"bnb_4bit_use_double_quant": True, "storage": "bfloat16", "bnb_4bit_quant_type": "fp4"},
+    ],
+    ids=str,
+)
+def test_we_read_theirs(options, tmp_path):
+    options = {"bnb_4bit_quant_type": "nf4", **options}
+    folder = tmp_path / "theirs"
+    assert theirs("write", BASE, folder, **options) == 28
+    expected = torch.load(folder / "logits.pt", weights_only=True)
+    (folder / "logits.pt").unlink()
+    assert_equal_within_bf16(our_logits(folder, torch.float32), expected)
+    model = fourbit.from_pretrained(folder)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.codebook.name == options["bnb_4bit_quant_type"]
+    assert layer.double_quant == options["bnb_4bit_use_double_quant"]
+    report = fourbit.verify(folder)
+    assert report.quantized == 28
+    assert not report.checksums
