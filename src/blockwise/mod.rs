@@ -98,7 +98,9 @@ pub fn quantize_with<T: Element>(
     let search = Search::new(codebook);
     let codes_per_byte = 8 / codebook.code_bits() as usize;
     let quantize_task = |input: &[T], packed: &mut [u8], absmax: &mut [f32]| {
-        task::quantize_blocks(backend, input, codebook, &search, block_size, packed, absmax)
+        task::quantize_blocks(
+            backend, input, codebook, &search, block_size, packed, absmax,
+        )
     };
     let bad = if is_small(input.len()) {
         quantize_task(input, packed, absmax)
@@ -163,7 +165,9 @@ pub fn dequantize_with<T: Element>(
     let codes_per_byte = 8 / codebook.code_bits() as usize;
     let stream = size_of_val(output) >= STREAM_BYTES;
     let dequantize_task = |packed: &[u8], absmax: &[f32], output: &mut [T]| {
-        task::dequantize_blocks(backend, packed, absmax, codebook, block_size, output, stream);
+        task::dequantize_blocks(
+            backend, packed, absmax, codebook, block_size, output, stream,
+        );
     };
     if is_small(output.len()) {
         dequantize_task(packed, absmax, output);
