@@ -104,7 +104,13 @@ pub enum Error {
     Interrupted,
 
     /// Tensors given to a writer in another order or number than planned.
-    #[error("tensor {got:?} was written where {expected:?} is next in the plan")]
+    #[error("{} where {} is next in the plan", match got {
+        Some(got) => format!("tensor {got:?} was written"),
+        None => "the writer was finished".to_owned(),
+    }, match expected {
+        Some(expected) => format!("{expected:?}"),
+        None => "nothing".to_owned(),
+    })]
     WriteOrder {
         /// The next one of the plan, if any.
         expected: Option<String>,

@@ -87,12 +87,13 @@ pub(super) fn convert(
     };
     let mut raised = None;
     let report = py.detach(|| {
-        let mut last = Instant::now();
+        let mut last: Option<Instant> = None;
         core::convert(&source, &destination, &options, &mut |now| {
-            if last.elapsed() < INTERVAL && now.done < now.total {
+            let early = last.is_some_and(|last| last.elapsed() < INTERVAL);
+            if early && now.done < now.total {
                 return ControlFlow::Continue(());
             }
-            last = Instant::now();
+            last = Some(Instant::now());
             let told = Python::attach(|py| {
                 py.check_signals()?;
                 match &progress {
