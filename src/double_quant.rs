@@ -1,13 +1,20 @@
 //! Double quantization (paper, section 3): the block scales, less their mean, in 8 bits, with one
 //! single-precision scale for every 256 of them. 0.127 bits a parameter in place of 0.5.
 
-use crate::layout::{NESTED_BLOCK_SIZE, check_length};
-use crate::{Codebook, Element as _, Error, Result, blockwise};
+use rayon::prelude::*;
+
+use crate::blockwise::Coder;
+use crate::layout::{Layout, NESTED_BLOCK_SIZE, check_length};
+use crate::{Backend, Codebook, Error, Result, blockwise};
 
 /// Scales that are summed as a unit: one warp's work on a GPU, four registers' on a CPU.
 const CHUNK: usize = 1024;
 /// Running sums side by side within a chunk.
 const LANES: usize = 32;
+/// Scales a thread takes at a time, and how many of them it shifts by the offset at a time.
+const TASK: usize = 1 << 15;
+const PIECE: usize = 1024;
+const _: () = assert!(TASK.is_multiple_of(PIECE) && PIECE.is_multiple_of(NESTED_BLOCK_SIZE.get()));
 
 /// The mean of a stream of scales, in an order of summation that does not depend on how the
 /// stream is cut, on threads or on the device.
@@ -41,16 +48,32 @@ impl MeanAccumulator {
         self.count += scales.len() as u64;
         while !scales.is_empty() {
             let (now, later) = scales.split_at(scales.len().min(CHUNK - self.filled));
-            for &scale in now {
-                self.lanes[self.filled % LANES] += f64::from(scale);
-                self.filled += 1;
+            // One by one to the end of a row of lanes, then rows, then one by one.
+            let to_row = (LANES - self.filled % LANES) % LANES;
+            let (start, rows) = now.split_at(now.len().min(to_row));
+            let rows = rows.chunks_exact(LANES);
+            self.add_singly(start);
+            let rest = rows.remainder();
+            for row in rows {
+                for (lane, &scale) in self.lanes.iter_mut().zip(row) {
+                    *lane += f64::from(scale);
+                }
+                self.filled += LANES;
             }
+            self.add_singly(rest);
             if self.filled == CHUNK {
                 self.sum += fold(self.lanes);
                 self.lanes = [0.0; LANES];
                 self.filled = 0;
             }
             scales = later;
+        }
+    }
+
+    fn add_singly(&mut self, scales: &[f32]) {
+        for &scale in scales {
+            self.lanes[self.filled % LANES] += f64::from(scale);
+            self.filled += 1;
         }
     }
 
@@ -101,15 +124,57 @@ pub fn quantize_with_offset(
     codes: &mut [u8],
     nested_absmax: &mut [f32],
 ) -> Result<()> {
-    let shifted: Vec<f32> = absmax.iter().map(|scale| scale - offset).collect();
-    blockwise::quantize(
-        &shifted,
+    check_lengths(absmax.len(), codes.len(), nested_absmax.len())?;
+    let coder = coder()?;
+    // Whether all was finite.
+    let part = |absmax: &[f32], codes: &mut [u8], nested: &mut [f32]| {
+        let mut shifted = [0.0; PIECE];
+        let pieces = absmax
+            .chunks(PIECE)
+            .zip(codes.chunks_mut(PIECE))
+            .zip(nested.chunks_mut(PIECE / NESTED_BLOCK_SIZE.get()));
+        pieces.fold(true, |finite, ((absmax, codes), nested)| {
+            let shifted = &mut shifted[..absmax.len()];
+            for (shifted, scale) in shifted.iter_mut().zip(absmax) {
+                *shifted = scale - offset;
+            }
+            coder.encode(shifted, codes, nested) && finite
+        })
+    };
+    let finite = if blockwise::is_small(absmax.len()) {
+        part(absmax, codes, nested_absmax)
+    } else {
+        absmax
+            .par_chunks(TASK)
+            .zip(codes.par_chunks_mut(TASK))
+            .zip(nested_absmax.par_chunks_mut(TASK / NESTED_BLOCK_SIZE.get()))
+            .map(|((absmax, codes), nested)| part(absmax, codes, nested))
+            .reduce(|| true, |a, b| a && b)
+    };
+    if !finite {
+        let mut shifted = absmax.iter().map(|scale| scale - offset).enumerate();
+        if let Some((index, value)) = shifted.find(|(_, value)| !value.is_finite()) {
+            let index = index as u64;
+            return Err(Error::NonFinite { index, value });
+        }
+    }
+    check_finite(codes, nested_absmax, offset)
+}
+
+/// What encodes and decodes scales.
+fn coder() -> Result<Coder<'static>> {
+    let backend = Backend::detect()?;
+    Ok(Coder::new(
+        backend,
         Codebook::dynamic_signed(),
         NESTED_BLOCK_SIZE,
-        codes,
-        nested_absmax,
-    )?;
-    check_finite(codes, nested_absmax, offset)
+    ))
+}
+
+fn check_lengths(scales: usize, codes: usize, nested: usize) -> Result<()> {
+    let layout = Layout::new(scales as u64, NESTED_BLOCK_SIZE, 8);
+    check_length("codes", layout.packed_bytes, codes)?;
+    check_length("nested_absmax", layout.blocks, nested)
 }
 
 /// That no scale became infinite by being rounded up, which one next to the largest number can.
@@ -139,16 +204,22 @@ pub fn dequantize(
     offset: f32,
     absmax: &mut [f32],
 ) -> Result<()> {
-    check_length("codes", absmax.len() as u64, codes.len())?;
-    blockwise::dequantize(
-        codes,
-        nested_absmax,
-        Codebook::dynamic_signed(),
-        NESTED_BLOCK_SIZE,
-        absmax,
-    )?;
-    for scale in absmax {
-        *scale = scale.to_f32() + offset;
+    check_lengths(absmax.len(), codes.len(), nested_absmax.len())?;
+    let coder = coder()?;
+    let part = |codes: &[u8], nested: &[f32], absmax: &mut [f32]| {
+        coder.decode(codes, nested, absmax);
+        for scale in absmax {
+            *scale += offset;
+        }
+    };
+    if blockwise::is_small(absmax.len()) {
+        part(codes, nested_absmax, absmax);
+    } else {
+        absmax
+            .par_chunks_mut(TASK)
+            .zip(codes.par_chunks(TASK))
+            .zip(nested_absmax.par_chunks(TASK / NESTED_BLOCK_SIZE.get()))
+            .for_each(|((absmax, codes), nested)| part(codes, nested, absmax));
     }
     Ok(())
 }

@@ -87,6 +87,8 @@ pub(super) trait Vector: Copy {
         packed: *const u8,
         target: *mut T,
     );
+    /// Asks for a line of memory. Any address will do.
+    unsafe fn prefetch(_address: *const u8) {}
     /// Makes streamed writes visible to whoever synchronises with this thread.
     unsafe fn fence();
 }
