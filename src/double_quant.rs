@@ -14,7 +14,11 @@ const LANES: usize = 32;
 /// Scales a thread takes at a time, and how many of them it shifts by the offset at a time.
 const TASK: usize = 1 << 15;
 const PIECE: usize = 1024;
-const _: () = assert!(TASK.is_multiple_of(PIECE) && PIECE.is_multiple_of(NESTED_BLOCK_SIZE.get()));
+const _: () = assert!(
+    TASK.is_multiple_of(CHUNK)
+        && TASK.is_multiple_of(PIECE)
+        && PIECE.is_multiple_of(NESTED_BLOCK_SIZE.get())
+);
 
 /// The mean of a stream of scales, in an order of summation that does not depend on how the
 /// stream is cut, on threads or on the device.
@@ -70,6 +74,24 @@ impl MeanAccumulator {
         }
     }
 
+    /// [`add`](Self::add) at the start of a stream, on the current rayon pool.
+    fn add_parallel(&mut self, scales: &[f32]) {
+        let (chunks, rest) = scales.split_at(scales.len() - scales.len() % CHUNK);
+        let sums: Vec<f64> = chunks
+            .par_chunks(TASK)
+            .flat_map_iter(|chunks| {
+                chunks.chunks(CHUNK).map(|chunk| {
+                    let mut one = Self::default();
+                    one.add(chunk);
+                    one.sum
+                })
+            })
+            .collect();
+        self.sum = sums.iter().fold(self.sum, |sum, chunk| sum + chunk);
+        self.count += chunks.len() as u64;
+        self.add(rest);
+    }
+
     fn add_singly(&mut self, scales: &[f32]) {
         for &scale in scales {
             self.lanes[self.filled % LANES] += f64::from(scale);
@@ -108,7 +130,11 @@ fn fold(mut lanes: [f64; LANES]) -> f64 {
 /// that is not finite; [`crate::Error::ScaleOverflow`] where 8 bits would round one to infinity.
 pub fn quantize(absmax: &[f32], codes: &mut [u8], nested_absmax: &mut [f32]) -> Result<f32> {
     let mut mean = MeanAccumulator::default();
-    mean.add(absmax);
+    if blockwise::is_small(absmax.len()) {
+        mean.add(absmax);
+    } else {
+        mean.add_parallel(absmax);
+    }
     quantize_with_offset(absmax, mean.mean(), codes, nested_absmax)?;
     Ok(mean.mean())
 }
@@ -252,6 +278,10 @@ mod tests {
             scales.chunks(cut).for_each(|part| parts.add(part));
             assert_eq!(parts.mean().to_bits(), whole.mean().to_bits(), "cut {cut}");
         }
+        let mut parallel = MeanAccumulator::default();
+        parallel.add_parallel(&scales);
+        assert_eq!(parallel.sum.to_bits(), whole.sum.to_bits());
+        assert_eq!(parallel.mean().to_bits(), whole.mean().to_bits());
         let exact = scales.iter().map(|&s| f64::from(s)).sum::<f64>() / 5000.0;
         assert!((f64::from(whole.mean()) - exact).abs() <= exact * f64::from(f32::EPSILON));
         assert_eq!(MeanAccumulator::default().mean(), 0.0);

@@ -4,9 +4,9 @@
 use std::arch::x86_64::*;
 
 use super::avx2;
-use super::search::Search;
+use super::search::{Bins, Search};
 use super::task::entry_points;
-use super::vector::Vector;
+use super::vector::{Vector, descend_4};
 use crate::Element;
 use crate::element::Dtype;
 
@@ -145,6 +145,35 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn nibble_node(self, search: &Search) -> __m512i {
+        unsafe {
+            let Some(bins) = &search.bins else {
+                return descend_4(self, search);
+            };
+            // Rounding down to a whole number: the bin is in the low bits of the sum.
+            let bin = _mm512_castps_si512(_mm512_fmadd_round_ps::<
+                { _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC },
+            >(
+                self.0,
+                _mm512_set1_ps(Bins::SLOPE),
+                _mm512_set1_ps(WHOLE_NUMBERS + 16.0),
+            ));
+            let midpoint = _mm512_permutex2var_ps(
+                _mm512_loadu_ps(bins.midpoints.as_ptr()),
+                bin,
+                _mm512_loadu_ps(bins.midpoints.as_ptr().add(16)),
+            );
+            let node = _mm512_permutex2var_epi32(
+                _mm512_loadu_si512(bins.nodes.as_ptr().cast()),
+                bin,
+                _mm512_loadu_si512(bins.nodes.as_ptr().add(16).cast()),
+            );
+            let greater = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, midpoint);
+            _mm512_mask_add_epi32(node, greater, node, _mm512_set1_epi32(search.one))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn recode(node: __m512i, codes: &[u8; 256]) -> __m512i {
         unsafe {
             let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
@@ -248,6 +277,8 @@ impl Vector for Avx512 {
 
 /// The bits of a lane that are a `bf16` at an odd place.
 const HIGH_HALF: i32 = 0xffff_0000_u32.cast_signed();
+/// 2^23: from here to 2^24 single precision holds whole numbers and nothing else.
+const WHOLE_NUMBERS: f32 = (1 << 23) as f32;
 /// The truth table of `a ^ b ^ c`.
 const XOR3: i32 = 0x96;
 

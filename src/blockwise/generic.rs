@@ -10,7 +10,7 @@ use half::{bf16, f16};
 
 use super::scalar;
 use super::search::Search;
-use super::vector::{Vector, map_2};
+use super::vector::{Vector, descend_4, map_2};
 use crate::element::Dtype;
 use crate::{BlockSize, Codebook, Element};
 
@@ -112,7 +112,7 @@ unsafe fn block_absmax<V: Vector, T: Element>(block: &[T]) -> Option<f32> {
     largest.is_finite().then(|| largest.max(rest))
 }
 
-/// As [`scalar::encode_block`].
+/// As [`scalar::encode_block`]; `scale` is not below the block's largest magnitude.
 #[inline(always)]
 unsafe fn encode_block<V: Vector, T: Element, const BITS: usize>(
     block: &[T],
@@ -135,7 +135,7 @@ unsafe fn encode_block<V: Vector, T: Element, const BITS: usize>(
         for (group, bytes) in groups.zip(packed.chunks_exact_mut(V::GROUP * BITS / 8)) {
             let numbers = map_2!(V::load(group.as_ptr()), |half| half.multiply(inverse));
             if BITS == 4 {
-                let mut nodes = map_2!(numbers, |half| nibble_node(half, search));
+                let mut nodes = map_2!(numbers, |half| half.nibble_node(search));
                 if search.recode {
                     nodes = map_2!(nodes, |half| V::recode(half, &search.codes));
                 }
@@ -164,25 +164,12 @@ unsafe fn encode_block<V: Vector, T: Element, const BITS: usize>(
     }
 }
 
-/// Node `16 + rank` of every lane.
-#[inline(always)]
-unsafe fn nibble_node<V: Vector>(numbers: V, search: &Search) -> V::Index {
-    // SAFETY: the caller answers for the features of `V`.
-    unsafe {
-        let node = V::root();
-        let node = numbers.descend::<1>(search, node);
-        let node = numbers.descend::<2>(search, node);
-        let node = numbers.descend::<4>(search, node);
-        numbers.descend::<8>(search, node)
-    }
-}
-
 /// Node `256 + rank` of every lane.
 #[inline(always)]
 unsafe fn byte_node<V: Vector>(numbers: V, search: &Search) -> V::Index {
     // SAFETY: the caller answers for the features of `V`.
     unsafe {
-        let node = nibble_node(numbers, search);
+        let node = descend_4(numbers, search);
         let node = numbers.descend::<16>(search, node);
         let node = numbers.descend::<32>(search, node);
         let node = numbers.descend::<64>(search, node);

@@ -65,6 +65,14 @@ pub(super) trait Vector: Copy {
     /// starts at `LEVEL`, a power of two up to 128.
     unsafe fn descend<const LEVEL: usize>(self, search: &Search, node: Self::Index) -> Self::Index;
 
+    /// Node `16 + rank` of every lane. The numbers are from -1 to 1, give or take a rounding, and
+    /// the codes are of 4 bits.
+    #[inline(always)]
+    unsafe fn nibble_node(self, search: &Search) -> Self::Index {
+        // SAFETY: the caller's promises are the same.
+        unsafe { descend_4(self, search) }
+    }
+
     /// `16 + codes[node - 16]`, where nodes and codes are below 32 and 16.
     unsafe fn recode(node: Self::Index, codes: &[u8; 256]) -> Self::Index;
     /// Packs `16 + code` of a group into 16 bytes, the even one in the high nibble.
@@ -88,7 +96,24 @@ pub(super) trait Vector: Copy {
         target: *mut T,
     );
     /// Asks for a line of memory. Any address will do.
+    #[inline(always)]
     unsafe fn prefetch(_address: *const u8) {}
     /// Makes streamed writes visible to whoever synchronises with this thread.
     unsafe fn fence();
+}
+
+/// Node `16 + rank` of every lane, by the tree.
+///
+/// # Safety
+/// As for all functions of [`Vector`].
+#[inline(always)]
+pub(super) unsafe fn descend_4<V: Vector>(numbers: V, search: &Search) -> V::Index {
+    // SAFETY: the caller answers for the features of `V`.
+    unsafe {
+        let node = V::root();
+        let node = numbers.descend::<1>(search, node);
+        let node = numbers.descend::<2>(search, node);
+        let node = numbers.descend::<4>(search, node);
+        numbers.descend::<8>(search, node)
+    }
 }
