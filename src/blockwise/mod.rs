@@ -41,7 +41,7 @@ use crate::{BlockSize, Codebook, Element, Error, Result};
 /// to stay in its share of the cache. A multiple of every block size.
 const TASK_ELEMENTS: usize = 1 << 16;
 
-/// Outputs from this size on are written past the cache: they would not stay in it.
+/// Outputs from this size on would not stay in the cache, and are best written past it.
 const STREAM_BYTES: usize = 32 << 20;
 
 /// Elements up to which the calling thread does all of the work. Some 50 µs of it: waking other

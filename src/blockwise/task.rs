@@ -42,10 +42,10 @@ macro_rules! entry_points {
             output: &mut [T],
             stream: bool,
         ) {
-            // SAFETY: this function has the features of the vector type, and checks the alignment
-            // that streaming asks for.
+            // SAFETY: this function has the features of the vector type; the caller checked the
+            // alignment that streaming asks for.
             unsafe {
-                if stream && output.as_ptr().addr() % 64 == 0 {
+                if stream {
                     super::generic::dequantize_blocks::<$vector, T, true>(
                         packed, absmax, codebook, block_size, output,
                     );
@@ -99,7 +99,8 @@ pub(super) fn quantize_blocks<T: Element>(
 }
 
 /// As [`scalar::dequantize_blocks`], on `backend`. With `stream`, past the cache where `output`
-/// is aligned for it.
+/// is aligned for it and in memory: the kernel clears the pages of fresh memory by way of the
+/// cache, so writing past it would then go to memory twice.
 pub(super) fn dequantize_blocks<T: Element>(
     backend: Backend,
     packed: &[u8],
@@ -109,6 +110,7 @@ pub(super) fn dequantize_blocks<T: Element>(
     output: &mut [T],
     stream: bool,
 ) {
+    let stream = stream && output.as_ptr().addr().is_multiple_of(64) && is_resident(output);
     // SAFETY: a `Backend` exists only where the processor has its features.
     unsafe {
         match backend.kind() {
@@ -126,6 +128,33 @@ pub(super) fn dequantize_blocks<T: Element>(
                 neon::dequantize_blocks(packed, absmax, codebook, block_size, output, stream);
             }
         }
+    }
+}
+
+/// Whether the page in the middle is in memory; true where the system cannot be asked.
+fn is_resident<T>(output: &[T]) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: asks for a number.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) });
+        let Ok(page) = page else {
+            return true;
+        };
+        let middle = output.as_ptr().wrapping_add(output.len() / 2);
+        let within = middle.addr() % page;
+        let mut state = 0;
+        // SAFETY: the page is mapped, since an element of the slice lies in it; one byte is
+        // written for one page.
+        let failed = unsafe {
+            let start = middle.cast::<u8>().wrapping_sub(within);
+            libc::mincore(start.cast_mut().cast(), 1, &raw mut state)
+        };
+        failed != 0 || state & 1 == 1
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = output;
+        true
     }
 }
 
