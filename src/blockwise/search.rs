@@ -14,6 +14,7 @@ pub(super) struct Search {
     /// The code of each rank.
     pub(super) codes: [u8; 256],
     /// A shorter way to ranks below 16, where the midpoints lie far enough apart.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) bins: Option<Bins>,
     /// Codes are not simply ranks.
     pub(super) recode: bool,
