@@ -159,18 +159,6 @@ impl ShardPlan {
         LENGTH_BYTES + self.header_bytes() + data
     }
 
-    /// The place of the tensor of that name.
-    ///
-    /// # Errors
-    /// [`CheckpointProblem::NoSuchTensor`] where it is in another shard.
-    pub(crate) fn place(&self, name: &str) -> Result<usize> {
-        let place = self
-            .tensors
-            .iter()
-            .position(|(tensor, _)| tensor.name == name);
-        place.ok_or_else(|| Error::from(CheckpointProblem::NoSuchTensor).in_tensor(name))
-    }
-
     /// The bytes of the header, padding included: the same whatever the data is.
     pub(crate) fn header_bytes(&self) -> u64 {
         let blank = Checksum::of_bytes(&[]);
