@@ -2,7 +2,7 @@
 //! checksums and a record of what was quantized added where other readers do not look.
 //!
 //! Reading takes every file as hostile: [`header`], [`index`], [`quant_state`] parse strictly,
-//! [`folder`] cross-checks a folder, [`quantized`] puts quantized weights together, [`verify`]
+//! [`folder`] cross-checks a folder, [`mod@quantized`] puts quantized weights together, [`mod@verify`]
 //! checks every byte. Nothing is memory-mapped.
 //!
 //! Writing plans first ([`plan`]): which tensor stands where is known before any data is, so data

@@ -2,8 +2,8 @@
 //! model or its largest tensor.
 //!
 //! A reader thread, the quantizer on all cores and a writer thread work side by side
-//! ([`pipeline`]). What they do is decided from headers alone before anything is written
-//! ([`jobs`], [`rules`]), so equal sources and options give equal bytes, and an interrupted run
+//! (`pipeline`). What they do is decided from headers alone before anything is written
+//! (`jobs`, [`rules`]), so equal sources and options give equal bytes, and an interrupted run
 //! continues where it was.
 
 mod files;
