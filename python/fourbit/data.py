@@ -157,14 +157,13 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
 def _load_with_datasets(source: str, path: Path) -> Any:
     import datasets
 
-    if not path.exists() and (
-        path.suffix.lower() in _FILE_SUFFIXES or source.startswith((".", "/", "~"))
-    ):
-        raise DataError(f"there is no data file {source}")
     name, split = source, "train"
     if not path.exists() and ":" in source:
         name, split = source.rsplit(":", 1)
     local = Path(name).expanduser()
+    is_path = name.startswith((".", "/", "~")) or local.suffix.lower() in _FILE_SUFFIXES
+    if is_path and not local.exists():
+        raise DataError(f"there is no data file {name}")
     try:
         if (local / "dataset_info.json").is_file() and (local / "state.json").is_file():
             return datasets.load_from_disk(str(local))
@@ -193,11 +192,9 @@ class _Checker:
         if not isinstance(record, Mapping):
             raise self._error(where, f"an example is a JSON object, not {_json_type(record)}")
         kind = self._kind(where, record)
-        conversational = kind == "messages" or not isinstance(
-            record["prompt" if kind == "prompt" else "text"], str
+        conversational = kind == "messages" or (
+            kind == "prompt" and not isinstance(record["prompt"], str)
         )
-        if kind == "text" and conversational:
-            raise self._error(where, f"`text` is {_json_type(record['text'])}, not a string")
         if self.first is None:
             self.first = (kind, conversational, where)
         elif self.first[:2] != (kind, conversational):
@@ -261,6 +258,9 @@ class _Checker:
         self, where: str, kind: Kind, conversational: bool, record: Mapping[str, Any]
     ) -> bool:
         if kind == "text":
+            if not isinstance(record["text"], str):
+                found = _json_type(record["text"])
+                raise self._error(where, f"`text` is {found}, not a string")
             return bool(record["text"].strip())
         if kind == "messages":
             return self._answers(where, "messages", record["messages"])

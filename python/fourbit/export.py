@@ -25,12 +25,24 @@ from fourbit.model_io import (
     write_groups,
 )
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
 
 def export_merged(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    tokenizer_from: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
@@ -44,13 +56,15 @@ def export_merged(
         folder: a new or empty folder.
         base: the folder whose tokenizer and other small files are copied; by default the one that
             the model was loaded from, where that is known.
+        tokenizer_from: a folder whose tokenizer takes the place of the base's: training may have
+            given it another chat template, and saved it with the adapter.
         dtype: of all floating-point tensors; by default each weight has the dtype it had before it
             was quantized.
         max_shard_bytes: largest size of one file.
 
     Raises:
         FileExistsError: if the folder holds a checkpoint.
-        FileNotFoundError: if `base` does not exist.
+        FileNotFoundError: if `base` or `tokenizer_from` does not exist.
         ValueError: for a `dtype` that is not floating point.
     """
     if dtype is not None and not dtype.is_floating_point:
@@ -78,7 +92,7 @@ def export_merged(
                 groups.append(_dense_group(name, layers[path], dtype))
         else:
             groups.append(plain_group(name, tensor, _cast(tensor, dtype)))
-    write_groups(folder, groups, max_shard_bytes, _plain_files(model, base, dtype))
+    write_groups(folder, groups, max_shard_bytes, _plain_files(model, base, tokenizer_from, dtype))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -108,7 +122,10 @@ def _dense_group(name: str, layer: Linear4bit, dtype: torch.dtype | None) -> Ten
 
 
 def _plain_files(
-    model: nn.Module, base: str | os.PathLike[str] | None, dtype: torch.dtype | None
+    model: nn.Module,
+    base: str | os.PathLike[str] | None,
+    tokenizer_from: str | os.PathLike[str] | None,
+    dtype: torch.dtype | None,
 ) -> list[tuple[str, bytes]]:
     """The base's small files, with a configuration that knows nothing of quantization."""
     config: Any = getattr(model, "config", None)
@@ -122,6 +139,9 @@ def _plain_files(
         files["config.json"] = (folder / "config.json").read_bytes()
     elif hasattr(config, "to_json_string"):
         files = dict(config_files(model, {}))
+    if tokenizer_from is not None:
+        own = _tokenizer_files(Path(tokenizer_from))
+        files = {name: data for name, data in files.items() if name not in TOKENIZER_FILES} | own
     if "config.json" in files:
         fields = json.loads(without_quantization(files["config.json"].decode()))
         for key in ("dtype", "torch_dtype"):
@@ -129,3 +149,12 @@ def _plain_files(
                 fields[key] = str(dtype).removeprefix("torch.")
         files["config.json"] = (json.dumps(fields, indent=2) + "\n").encode()
     return list(files.items())
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    files = {
+        name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()
+    }
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no tokenizer")
+    return files

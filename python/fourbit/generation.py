@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fourbit.loading import holds_tokenizer, load_model, load_tokenizer
+from fourbit.loading import folder_kind, holds_tokenizer, load_model, load_tokenizer
 
 
 def load_for_generation(
@@ -32,6 +32,7 @@ def load_for_generation(
     if dtype is None and not on_gpu:
         dtype = torch.float32
     folder = Path(model)
+    folder_kind(folder)
     own = adapter is not None and holds_tokenizer(Path(adapter))
     tokenizer = load_tokenizer(Path(adapter) if own and adapter is not None else folder)
     loaded = load_model(folder, dtype)

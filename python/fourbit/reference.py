@@ -319,4 +319,6 @@ def adamw8(
         quantize(moment, values, OPTIMIZER_BLOCK_SIZE)
         for moment, values in zip(moments, maps, strict=True)
     )
+    # A second moment that is not zero never takes the code of zero, or its element would run away.
+    codes_sq[(moments[1].reshape(-1) > 0) & (codes_sq == 0)] = 1
     return parameter, codes.reshape(shape), absmax, codes_sq.reshape(shape), absmax_sq

@@ -44,6 +44,16 @@ const TASK_ELEMENTS: usize = 1 << 16;
 /// Outputs from this size on are written past the cache: they would not stay in it.
 const STREAM_BYTES: usize = 32 << 20;
 
+/// Elements up to which the calling thread does all of the work. Some 50 µs of it: waking other
+/// threads takes as long, and longer where torch's own are still spinning after a product.
+const SMALL_ELEMENTS: usize = 1 << 18;
+
+/// Whether so much work is not worth other threads.
+#[must_use]
+pub const fn is_small(elements: usize) -> bool {
+    elements <= SMALL_ELEMENTS
+}
+
 /// Quantizes `input` into `packed` codes and one scale a block, with the backend that
 /// [`Backend::detect`] finds.
 ///
@@ -87,23 +97,29 @@ pub fn quantize_with<T: Element>(
     check_length("absmax", layout.blocks, absmax.len())?;
     let search = Search::new(codebook);
     let codes_per_byte = 8 / codebook.code_bits() as usize;
-    let bad = input
-        .par_chunks(TASK_ELEMENTS)
-        .zip(packed.par_chunks_mut(TASK_ELEMENTS / codes_per_byte))
-        .zip(absmax.par_chunks_mut(TASK_ELEMENTS / block_size.get()))
-        .enumerate()
-        .filter_map(|(task, ((input, packed), absmax))| {
-            let first_bad = task::quantize_blocks(
-                backend, input, codebook, &search, block_size, packed, absmax,
-            );
-            first_bad.map(|index| (task * TASK_ELEMENTS + index, input[index].to_f32()))
-        })
-        .min_by_key(|&(index, _)| index);
+    let quantize_task = |input: &[T], packed: &mut [u8], absmax: &mut [f32]| {
+        task::quantize_blocks(
+            backend, input, codebook, &search, block_size, packed, absmax,
+        )
+    };
+    let bad = if is_small(input.len()) {
+        quantize_task(input, packed, absmax)
+    } else {
+        input
+            .par_chunks(TASK_ELEMENTS)
+            .zip(packed.par_chunks_mut(TASK_ELEMENTS / codes_per_byte))
+            .zip(absmax.par_chunks_mut(TASK_ELEMENTS / block_size.get()))
+            .enumerate()
+            .filter_map(|(task, ((input, packed), absmax))| {
+                quantize_task(input, packed, absmax).map(|index| task * TASK_ELEMENTS + index)
+            })
+            .min()
+    };
     match bad {
         None => Ok(()),
-        Some((index, value)) => Err(Error::NonFinite {
+        Some(index) => Err(Error::NonFinite {
             index: index as u64,
-            value,
+            value: input[index].to_f32(),
         }),
     }
 }
@@ -148,15 +164,20 @@ pub fn dequantize_with<T: Element>(
     check_length("absmax", layout.blocks, absmax.len())?;
     let codes_per_byte = 8 / codebook.code_bits() as usize;
     let stream = size_of_val(output) >= STREAM_BYTES;
-    output
-        .par_chunks_mut(TASK_ELEMENTS)
-        .zip(packed.par_chunks(TASK_ELEMENTS / codes_per_byte))
-        .zip(absmax.par_chunks(TASK_ELEMENTS / block_size.get()))
-        .for_each(|((output, packed), absmax)| {
-            task::dequantize_blocks(
-                backend, packed, absmax, codebook, block_size, output, stream,
-            );
-        });
+    let dequantize_task = |packed: &[u8], absmax: &[f32], output: &mut [T]| {
+        task::dequantize_blocks(
+            backend, packed, absmax, codebook, block_size, output, stream,
+        );
+    };
+    if is_small(output.len()) {
+        dequantize_task(packed, absmax, output);
+    } else {
+        output
+            .par_chunks_mut(TASK_ELEMENTS)
+            .zip(packed.par_chunks(TASK_ELEMENTS / codes_per_byte))
+            .zip(absmax.par_chunks(TASK_ELEMENTS / block_size.get()))
+            .for_each(|((output, packed), absmax)| dequantize_task(packed, absmax, output));
+    }
     Ok(())
 }
 

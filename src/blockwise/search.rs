@@ -80,9 +80,12 @@ mod tests {
             (Codebook::int4().clone(), 4),
             (Codebook::dynamic_signed().clone(), 8),
             (Codebook::dynamic_unsigned().clone(), 8),
-            (Codebook::from_map("upper", &map, Ties::Upper).unwrap(), 4),
             (
-                Codebook::from_map("two bits", &map[..2], Ties::Upper).unwrap(),
+                Codebook::from_map("upper", &map, Ties::Upper).expect("a good map"),
+                4,
+            ),
+            (
+                Codebook::from_map("two bits", &map[..2], Ties::Upper).expect("a good map"),
                 8,
             ),
         ] {

@@ -20,7 +20,6 @@ use crate::optimizer::{self, AdamW, Floats, FloatsMut, Parameter, State};
     params, grads, exp_avgs, exp_avg_sqs, *,
     lr, beta1, beta2, eps, weight_decay, steps, threads, maximize=false
 ))]
-#[allow(clippy::too_many_arguments)]
 pub(super) fn adamw32_step(
     py: Python<'_>,
     mut params: Vec<Tensor<'_>>,
@@ -82,7 +81,6 @@ pub(super) fn adamw32_step(
     params, grads, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, *,
     lr, beta1, beta2, eps, weight_decay, steps, threads, maximize=false
 ))]
-#[allow(clippy::too_many_arguments)]
 pub(super) fn adamw8_step(
     py: Python<'_>,
     mut params: Vec<Tensor<'_>>,

@@ -7,7 +7,8 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::{Error, Result};
+use super::errors::to_python;
+use crate::{Error, Result, blockwise};
 
 /// Pools by process and thread count.
 type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
@@ -23,7 +24,21 @@ pub(super) fn detached<T: Send>(
 ) -> PyResult<T> {
     let pool = pool(threads)?;
     py.detach(|| pool.install(work))
-        .map_err(|error: Error| super::errors::to_python(&error))
+        .map_err(|error: Error| to_python(&error))
+}
+
+/// [`detached`] for blockwise work on so many elements: few are done by the calling thread, since
+/// handing them to a pool would take longer.
+pub(super) fn detached_blockwise<T: Send>(
+    py: Python<'_>,
+    threads: usize,
+    elements: usize,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    if blockwise::is_small(elements) {
+        return py.detach(work).map_err(|error| to_python(&error));
+    }
+    detached(py, threads, work)
 }
 
 fn pool(threads: usize) -> PyResult<Arc<ThreadPool>> {

@@ -26,3 +26,36 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory):
+    """A random Llama of two blocks in bfloat16, with the tokenizer of the model that ships."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models") / "plain"
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    base = REPOSITORY / "examples" / "base_model"
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def four_bit_folder(plain_folder):
+    """The same model converted."""
+    from fourbit import convert
+
+    folder = plain_folder.with_name("four-bit")
+    convert(plain_folder, folder)
+    return folder

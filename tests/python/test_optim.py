@@ -162,17 +162,17 @@ def test_8_bit_trains_as_well_as_torch():
     """A regression with noise, so that the loss has a floor well above zero."""
     source = torch.Generator().manual_seed(7)
     inputs = torch.randn(512, 64, generator=source)
-    truth = torch.randn(64, 128, generator=source)
-    targets = inputs @ truth + torch.randn(512, 128, generator=source)
+    truth = 0.3 * torch.randn(64, 64, generator=source)
+    targets = inputs @ truth + torch.randn(512, 64, generator=source)
     losses = []
     for make in (
-        lambda params: torch.optim.AdamW(params, lr=2e-2),
-        lambda params: PagedAdamW(params, lr=2e-2, state_bits=8),
+        lambda params: torch.optim.AdamW(params, lr=5e-2),
+        lambda params: PagedAdamW(params, lr=5e-2, state_bits=8),
     ):
-        weight = nn.Parameter(torch.zeros(64, 128))
+        weight = nn.Parameter(torch.zeros(64, 64))
         optimizer = make([weight])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-        for _ in range(300):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+        for _ in range(200):
             optimizer.zero_grad()
             loss = (inputs @ weight - targets).square().mean()
             loss.backward()
@@ -263,7 +263,7 @@ def test_elements_without_gradient_do_not_run_away():
         if step:
             param.grad[:, ::2] = 0
         optimizer.step()
-    # AdamW moves an element by about lr a step; torch's largest here is 0.018.
+    # AdamW moves an element by about lr a step; torch's largest here is 0.0174.
     assert param.abs().max() < 30 * 1e-3 * 2
 
 
@@ -524,7 +524,7 @@ def test_a_thousand_optimizers_leave_nothing_behind():
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 2.0**63])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_that_is_not_finite_skips_its_tensor(bits, bad, dtype):
     params, others = (parameters((64, 64), (70, 70), dtype=dtype) for _ in range(2))

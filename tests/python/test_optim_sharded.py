@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -118,12 +119,19 @@ def check_all_shards_skip_together() -> None:
 
 def work(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
     try:
         for bits in (32, 8):
             check_shards_step_as_plain_tensors(bits)
             check_full_state_dict_resumes(bits)
         check_all_shards_skip_together()
+        dist.barrier()  # nobody leaves while the other still talks to it
     finally:
         dist.destroy_process_group()
 

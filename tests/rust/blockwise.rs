@@ -1,5 +1,7 @@
 //! Blockwise quantization against hand-worked values.
 
+#![allow(clippy::expect_used, clippy::panic)]
+
 use fourbit::codebook::Ties;
 use fourbit::{BlockSize, Codebook, blockwise};
 

@@ -1,5 +1,7 @@
 //! Every SIMD backend gives the bytes of the scalar specification, on any number of threads.
 
+#![allow(clippy::expect_used, clippy::panic)]
+
 use fourbit::codebook::Ties;
 use fourbit::layout::Layout;
 use fourbit::{Backend, BlockSize, Codebook, Element, Error, blockwise};

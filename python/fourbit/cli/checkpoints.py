@@ -61,7 +61,8 @@ def convert(
 ) -> None:
     """Convert a model folder to 4 bits.
 
-    The weights are streamed, and the result is checksummed. A conversion that was interrupted goes on where it was when the same command is run again.
+    The weights are streamed, and the result is checksummed. A conversion that was interrupted goes
+    on where it was when the same command is run again.
     """
     from fourbit import checkpoint
 
@@ -176,7 +177,7 @@ def merge(
 
     The adapter is added, in float32, to the 4-bit weights that it was trained on.
     """
-    from fourbit.loading import holds_tokenizer, load_model, load_tokenizer, require_quantized
+    from fourbit.loading import holds_tokenizer, load_model, require_quantized
 
     require_quantized(model)
     with quiet_libraries(everything=debugging()):
@@ -189,10 +190,8 @@ def merge(
         loaded = load_model(model)
         load_adapter(loaded, adapter, trainable=False)
         target = None if dtype == "auto" else getattr(torch, dtype)
-        export_merged(loaded, output, base=model, dtype=target)
-        if holds_tokenizer(adapter):
-            # Training may have given it another chat template.
-            load_tokenizer(adapter).save_pretrained(output)
+        tokenizer = adapter if holds_tokenizer(adapter) else None
+        export_merged(loaded, output, base=model, tokenizer_from=tokenizer, dtype=target)
     seconds = time.perf_counter() - start
     layers = len(lora_modules(loaded))
     written = sum(path.stat().st_size for path in output.glob("*.safetensors"))

@@ -36,6 +36,7 @@ def quiet_libraries(*, everything: bool = False) -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     levels = {name: logging.getLogger(name).level for name in ("bitsandbytes", "accelerate")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

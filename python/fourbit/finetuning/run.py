@@ -180,11 +180,6 @@ def finetune(
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
-    if checkpoint is not None and callback.first_step is None:
-        raise ValueError(
-            f"the run in {folder} is complete at step {steps_of(checkpoint)}; raise epochs or "
-            "max_steps to go on"
-        )
     if callback.stopped:
         raise FinetuneStoppedError(trainer.state.global_step, folder)
     trainer.save_model(str(folder))

@@ -162,7 +162,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
     Attributes:
         stopped: whether the run was ended before its last step.
-        first_step: the first optimizer step that was taken, or None.
         tokens: tokens seen since the run began or was resumed, padding not counted.
     """
 
@@ -176,13 +175,18 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         self.progress = progress
         self.should_stop = should_stop
         self.stopped = False
-        self.first_step: int | None = None
         self.tokens = 0
         self._tokens_before = 0
         self._loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the log with what the checkpoint remembers, and nothing logged after it."""
+        if state.global_step >= state.max_steps:
+            # The trainer would take one step more.
+            raise ValueError(
+                f"the run in {self.path.parent} is complete at step {state.global_step}; raise "
+                "epochs or max_steps to go on"
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(map(_line, state.log_history)))
         self._tokens_before = int(state.num_input_tokens_seen)
@@ -203,8 +207,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask whether to stop; the trainer saves after this."""
-        if self.first_step is None:
-            self.first_step = state.global_step
         self.tokens = int(state.num_input_tokens_seen) - self._tokens_before
         if self.should_stop is not None and self.should_stop():
             self.stopped = state.global_step < state.max_steps

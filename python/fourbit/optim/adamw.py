@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from fourbit.ops import FLOAT_DTYPES
 from fourbit.optim import state as state_of
-from fourbit.optim.sharded import finite_everywhere, is_distributed, local, placements
+from fourbit.optim.sharded import is_distributed, local, placements, usable_everywhere
 from fourbit.optim.update import Update, run, shares_memory
 
 Pager: TypeAlias = Literal["auto", "unified", "pinned", "resident"]
@@ -31,12 +31,12 @@ class PagedAdamW(torch.optim.Optimizer):
     (arXiv 2110.02861), except for parameters of fewer than 4096 elements. Every option but `pager`
     may differ between parameter groups. The results do not depend on the number of threads.
 
-    A parameter without a gradient is left alone. So is one whose gradient holds NaN or infinity,
-    with its state, where torch would destroy both: such updates are counted in `skipped_updates`,
-    and a ``RuntimeWarning`` names the parameter at the first and at each hundredth step where it
-    happens. ``torch.amp.GradScaler`` works as with every optimizer: if it finds such a gradient it
-    leaves out the step of all parameters before this class hears of it, so nothing is counted and
-    no tensor is stepped alone.
+    A parameter without a gradient is left alone. So is one whose gradient holds NaN, infinity or a
+    number whose square overflows (2^63 and more), with its state, where torch would destroy both:
+    such updates are counted in `skipped_updates`, and a ``RuntimeWarning`` names the parameter at
+    the first and at each hundredth step where it happens. ``torch.amp.GradScaler`` works as with
+    every optimizer: if it finds NaN or infinity it leaves out the step of all parameters before
+    this class hears of it, so nothing is counted and no tensor is stepped alone.
 
     ``state_dict()`` is exact, and a run resumed from it goes on in the same bits. With
     ``state_bits=32`` it is also one of ``torch.optim.AdamW``, in both directions.
@@ -194,8 +194,8 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         # The core sees a shard alone; the others must skip the tensor too.
         shards = [update.param for update in everything if is_distributed(update.param)]
-        finite = finite_everywhere(shards)
-        skipped = [param for param, is_finite in zip(shards, finite, strict=True) if not is_finite]
+        usable = usable_everywhere(shards)
+        skipped = [param for param, is_usable in zip(shards, usable, strict=True) if not is_usable]
         left_out = {id(param) for param in skipped}
         for group, updates in plan:
             for bits in (32, 8):

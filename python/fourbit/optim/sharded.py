@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fourbit.layout import block_count
 
+GRADIENT_LIMIT = 2.0**63
+"""As the core's: the squares of larger gradients overflow, and they count as not finite."""
+
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``. Asked without importing that, which takes a second."""
@@ -66,24 +69,24 @@ def local_scales(scales: Tensor, param: Tensor, block_size: int) -> Tensor:
     return local(scales).view(-1)[: block_count(local(param).numel(), block_size)]
 
 
-def finite_everywhere(params: list[Tensor]) -> list[bool]:
-    """Whether the gradients of distributed parameters are finite in all their shards.
+def usable_everywhere(params: list[Tensor]) -> list[bool]:
+    """Whether all shards of the gradients of distributed parameters can be stepped with.
 
     One collective for each mesh and its dimensions; all processes call it with the same parameters.
     """
     by_mesh: dict[Any, list[int]] = defaultdict(list)
     for index, param in enumerate(params):
         by_mesh[param.device_mesh].append(index)  # type: ignore[attr-defined]
-    finite = [True] * len(params)
+    usable = [True] * len(params)
     for mesh, indices in by_mesh.items():
-        flags = torch.tensor([_is_finite(params[index].grad) for index in indices]).int()
+        flags = torch.tensor([_is_usable(params[index].grad) for index in indices]).int()
         for group in mesh.get_all_groups():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN, group)
         for index, flag in zip(indices, flags.tolist(), strict=True):
-            finite[index] = bool(flag)
-    return finite
+            usable[index] = bool(flag)
+    return usable
 
 
-def _is_finite(grad: Tensor | None) -> bool:
+def _is_usable(grad: Tensor | None) -> bool:
     assert grad is not None
-    return bool(local(grad).isfinite().all())
+    return bool((local(grad).abs() < GRADIENT_LIMIT).all())
