@@ -124,7 +124,7 @@ impl Writer {
         };
         let plan = self.manifest.plan;
         let (record, data_bytes) =
-            output.finish(|shard, checksums| shard.metadata(plan, plan, None, checksums))?;
+            output.finish(|shard, checksums| shard.metadata(plan, None, checksums))?;
         self.manifest.shards.push(record);
         self.total_size += data_bytes;
         sync_folder(self.destination.path())

@@ -268,7 +268,7 @@ fn write_shards(
                 Ok(Write::ShardEnd(source_data)) => {
                     let (plan, source) = (jobs.plan, jobs.source.identity);
                     written.push(output.finish(|shard, checksums| {
-                        shard.metadata(plan, source, Some(source_data), checksums)
+                        shard.metadata(plan, Some((source, source_data)), checksums)
                     })?);
                     sync_folder(destination)?;
                     break;
