@@ -5,9 +5,10 @@
 
 use std::ops::Range;
 
+use serde::Serialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::Value;
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
 
 use super::quant_state::ties_name;
 use super::{CheckpointProblem, names};
@@ -68,8 +69,7 @@ impl Config {
     /// null.
     #[must_use]
     pub fn with_quantization(&self, quantization: &Quantization<'_>) -> String {
-        let value = serde_json::to_string_pretty(&quantization.to_json()).unwrap_or_default();
-        let value = value.replace('\n', "\n  ");
+        let value = quantization.to_json().replace('\n', "\n  ");
         if let Some(null) = &self.null
             && let (Some(before), Some(after)) =
                 (self.text.get(..null.start), self.text.get(null.end..))
@@ -84,30 +84,56 @@ impl Config {
     }
 }
 
+/// What readers of bitsandbytes' checkpoints expect.
+#[derive(Serialize)]
+struct BitsandbytesFields<'a> {
+    quant_method: &'static str,
+    load_in_4bit: bool,
+    bnb_4bit_quant_type: &'a str,
+    bnb_4bit_use_double_quant: bool,
+    bnb_4bit_compute_dtype: &'static str,
+    bnb_4bit_quant_storage: &'static str,
+    llm_int8_skip_modules: &'a [String],
+}
+
+/// The same for codebooks that only we read.
+#[derive(Serialize)]
+struct FourbitFields<'a> {
+    quant_method: &'static str,
+    codebook: &'a str,
+    ties: &'static str,
+    block_size: usize,
+    double_quant: bool,
+    compute_dtype: &'static str,
+    skip_modules: &'a [String],
+}
+
 impl Quantization<'_> {
-    fn to_json(self) -> Value {
-        let compute = self.dtype.torch_name();
-        if names::is_bitsandbytes(self.codebook.name()) {
-            json!({
-                "quant_method": "bitsandbytes",
-                "load_in_4bit": true,
-                "bnb_4bit_quant_type": self.codebook.name(),
-                "bnb_4bit_use_double_quant": self.double_quant,
-                "bnb_4bit_compute_dtype": compute,
-                "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": self.skipped,
+    fn to_json(self) -> String {
+        let compute_dtype = self.dtype.torch_name();
+        let text = if names::is_bitsandbytes(self.codebook.name()) {
+            serde_json::to_string_pretty(&BitsandbytesFields {
+                quant_method: "bitsandbytes",
+                load_in_4bit: true,
+                bnb_4bit_quant_type: self.codebook.name(),
+                bnb_4bit_use_double_quant: self.double_quant,
+                bnb_4bit_compute_dtype: compute_dtype,
+                bnb_4bit_quant_storage: "uint8",
+                llm_int8_skip_modules: self.skipped,
             })
         } else {
-            json!({
-                "quant_method": "fourbit",
-                "codebook": self.codebook.name(),
-                "ties": ties_name(self.codebook.ties()),
-                "block_size": self.block_size.get(),
-                "double_quant": self.double_quant,
-                "compute_dtype": compute,
-                "skip_modules": self.skipped,
+            serde_json::to_string_pretty(&FourbitFields {
+                quant_method: "fourbit",
+                codebook: self.codebook.name(),
+                ties: ties_name(self.codebook.ties()),
+                block_size: self.block_size.get(),
+                double_quant: self.double_quant,
+                compute_dtype,
+                skip_modules: self.skipped,
             })
-        }
+        };
+        // Plain values: it cannot fail.
+        text.unwrap_or_default()
     }
 }
 
