@@ -52,7 +52,8 @@ class TensorReport:
         dtype: Its dtype in the source, as safetensors names it (``"BF16"``).
         shape: Its shape in the source.
         bytes_before: Its bytes in the source.
-        bytes_after: Its bytes in the result, scales and tables included.
+        bytes_after: Its bytes in the result, scales and tables included (a quant state, a text
+            of some 150 bytes, is counted at its longest).
     """
 
     name: str
@@ -196,8 +197,8 @@ def convert(
     codebook: str | _core.Codebook = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
-    only: Iterable[str] = (),
-    skip: Iterable[str] = (),
+    only: str | Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     threads: int | None = None,
@@ -219,9 +220,9 @@ def convert(
         codebook: ``"nf4"``, ``"fp4"``, ``"int4"``, or a `Codebook` of your own.
         block_size: Elements that share a scale: a power of two from 32 to 4096.
         double_quant: Whether the scales are quantized too.
-        only: Globs (``"*.mlp.*"``) over tensor or module names: quantize these matrices, whatever
-            their names say, and nothing else.
-        skip: Globs: leave these as they are. Wins over `only`.
+        only: Glob or globs (``"*.mlp.*"``) over tensor or module names: quantize these matrices,
+            whatever their names say, and nothing else.
+        skip: Glob or globs: leave these as they are. Wins over `only`.
         max_shard_bytes: Bytes of an output file, at most.
         chunk_bytes: Memory for data in flight, per thread.
         threads: Threads that quantize; None for ``torch.get_num_threads()``. The result does not
@@ -245,8 +246,8 @@ def convert(
         codebook=codebook,
         block_size=block_size,
         double_quant=double_quant,
-        only=list(only),
-        skip=list(skip),
+        only=_globs(only),
+        skip=_globs(skip),
         max_shard_bytes=max_shard_bytes,
         chunk_bytes=chunk_bytes,
         threads=torch.get_num_threads() if threads is None else threads,
@@ -274,6 +275,11 @@ def convert(
         already_complete=report["already_complete"],
         seconds=report["seconds"],
     )
+
+
+def _globs(globs: str | Iterable[str]) -> list[str]:
+    """A single glob is a list of one, not of its letters."""
+    return [globs] if isinstance(globs, str) else list(globs)
 
 
 def verify(path: PathLike) -> VerifyReport:

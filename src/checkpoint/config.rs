@@ -3,8 +3,12 @@
 //! The text is spliced, not written anew, so that every number and the order of its keys stay
 //! as they are.
 
+use std::ops::Range;
+
+use serde::Serialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
-use serde_json::{Value, json};
+use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::quant_state::ties_name;
 use super::{CheckpointProblem, names};
@@ -18,6 +22,8 @@ const QUANTIZATION: &str = "quantization_config";
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Config {
     text: String,
+    /// Where in the text a `quantization_config` stands that says nothing.
+    null: Option<Range<usize>>,
     /// `model_type`, in which naming differs.
     pub model_type: Option<String>,
     /// Whether the output head is the embedding.
@@ -53,17 +59,23 @@ impl Config {
         };
         let mut json = serde_json::Deserializer::from_str(&text);
         let facts = json
-            .deserialize_map(FactsVisitor)
+            .deserialize_map(FactsVisitor(&text))
             .and_then(|facts| json.end().map(|()| facts))
             .map_err(invalid)?;
         Ok(Self { text, ..facts })
     }
 
-    /// The text with a `quantization_config` added at its end.
+    /// The text with a `quantization_config` added at its end, or put in the place of one that is
+    /// null.
     #[must_use]
     pub fn with_quantization(&self, quantization: &Quantization<'_>) -> String {
-        let value = serde_json::to_string_pretty(&quantization.to_json()).unwrap_or_default();
-        let value = value.replace('\n', "\n  ");
+        let value = quantization.to_json().replace('\n', "\n  ");
+        if let Some(null) = &self.null
+            && let (Some(before), Some(after)) =
+                (self.text.get(..null.start), self.text.get(null.end..))
+        {
+            return format!("{before}{value}{after}");
+        }
         // It was parsed as an object, so it ends in a brace.
         let body = self.text.trim_end();
         let body = body.strip_suffix('}').unwrap_or(body).trim_end();
@@ -72,37 +84,63 @@ impl Config {
     }
 }
 
+/// What readers of bitsandbytes' checkpoints expect.
+#[derive(Serialize)]
+struct BitsandbytesFields<'a> {
+    quant_method: &'static str,
+    load_in_4bit: bool,
+    bnb_4bit_quant_type: &'a str,
+    bnb_4bit_use_double_quant: bool,
+    bnb_4bit_compute_dtype: &'static str,
+    bnb_4bit_quant_storage: &'static str,
+    llm_int8_skip_modules: &'a [String],
+}
+
+/// The same for codebooks that only we read.
+#[derive(Serialize)]
+struct FourbitFields<'a> {
+    quant_method: &'static str,
+    codebook: &'a str,
+    ties: &'static str,
+    block_size: usize,
+    double_quant: bool,
+    compute_dtype: &'static str,
+    skip_modules: &'a [String],
+}
+
 impl Quantization<'_> {
-    fn to_json(self) -> Value {
-        let compute = self.dtype.torch_name();
-        if names::is_bitsandbytes(self.codebook.name()) {
-            json!({
-                "quant_method": "bitsandbytes",
-                "load_in_4bit": true,
-                "bnb_4bit_quant_type": self.codebook.name(),
-                "bnb_4bit_use_double_quant": self.double_quant,
-                "bnb_4bit_compute_dtype": compute,
-                "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": self.skipped,
+    fn to_json(self) -> String {
+        let compute_dtype = self.dtype.torch_name();
+        let text = if names::is_bitsandbytes(self.codebook.name()) {
+            serde_json::to_string_pretty(&BitsandbytesFields {
+                quant_method: "bitsandbytes",
+                load_in_4bit: true,
+                bnb_4bit_quant_type: self.codebook.name(),
+                bnb_4bit_use_double_quant: self.double_quant,
+                bnb_4bit_compute_dtype: compute_dtype,
+                bnb_4bit_quant_storage: "uint8",
+                llm_int8_skip_modules: self.skipped,
             })
         } else {
-            json!({
-                "quant_method": "fourbit",
-                "codebook": self.codebook.name(),
-                "ties": ties_name(self.codebook.ties()),
-                "block_size": self.block_size.get(),
-                "double_quant": self.double_quant,
-                "compute_dtype": compute,
-                "skip_modules": self.skipped,
+            serde_json::to_string_pretty(&FourbitFields {
+                quant_method: "fourbit",
+                codebook: self.codebook.name(),
+                ties: ties_name(self.codebook.ties()),
+                block_size: self.block_size.get(),
+                double_quant: self.double_quant,
+                compute_dtype,
+                skip_modules: self.skipped,
             })
-        }
+        };
+        // Plain values: it cannot fail.
+        text.unwrap_or_default()
     }
 }
 
-/// Reads the top level of a config.
-struct FactsVisitor;
+/// Reads the top level of a config, given its text.
+struct FactsVisitor<'a>(&'a str);
 
-impl<'de> Visitor<'de> for FactsVisitor {
+impl<'de> Visitor<'de> for FactsVisitor<'_> {
     type Value = Config;
 
     fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -121,10 +159,15 @@ impl<'de> Visitor<'de> for FactsVisitor {
                     facts.tied = map.next_value::<Value>()?.as_bool().unwrap_or(false);
                 }
                 QUANTIZATION | "compression_config" => {
-                    let value = map.next_value::<Value>()?;
+                    let raw = map.next_value::<&RawValue>()?.get();
+                    let value: Value = serde_json::from_str(raw).map_err(A::Error::custom)?;
                     if !value.is_null() {
                         let method = value.get("quant_method").and_then(Value::as_str);
                         facts.quantized_by = Some(method.unwrap_or("unknown method").to_owned());
+                    } else if key == QUANTIZATION {
+                        // The value is a part of the text.
+                        let start = (raw.as_ptr() as usize).wrapping_sub(self.0.as_ptr() as usize);
+                        facts.null = Some(start..start + raw.len());
                     }
                 }
                 _ => {
@@ -163,6 +206,21 @@ mod tests {
         assert!(spliced.starts_with("{\n  \"eps\": 1e-05,\n  \"b\": 1.0,\n  \"a\": [1],\n"));
         let read = Config::parse(spliced).expect("still a config");
         assert_eq!(read.quantized_by.as_deref(), Some("bitsandbytes"));
+    }
+
+    #[test]
+    fn a_null_is_replaced() {
+        let text = "{\"a\": 1e-05, \"quantization_config\": null, \"b\": 1}";
+        let config = Config::parse(text.to_owned()).expect("a good config");
+        let spliced = config.with_quantization(&quantization(Codebook::nf4()));
+        assert!(spliced.starts_with("{\"a\": 1e-05, \"quantization_config\": {"));
+        assert!(spliced.ends_with("}, \"b\": 1}"));
+        assert!(
+            Config::parse(spliced)
+                .expect("no key twice")
+                .quantized_by
+                .is_some()
+        );
     }
 
     #[test]

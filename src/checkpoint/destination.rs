@@ -113,6 +113,7 @@ impl Destination {
         let earlier = serde_json::from_str::<Marker>(&text)
             .ok()
             .filter(|_| readable);
+        let finished = fs::symlink_metadata(self.path.join(names::INDEX)).is_ok();
         match earlier {
             Some(earlier) if earlier == *marker && marker.plan.is_some() => {
                 self.resumed = true;
@@ -121,16 +122,24 @@ impl Destination {
             Some(earlier) if earlier.plan != marker.plan => {
                 return Err(DestinationProblem::OtherUnfinished.into());
             }
+            // Interrupted in the last instant, when all else was done: nothing to be deleted.
+            Some(_) if finished => {
+                fs::remove_file(self.path.join(names::PARTIAL))?;
+                return Err(DestinationProblem::OtherConversion.into());
+            }
             // The same conversion, but the source was written to since; or one that cannot be
             // continued: what it left is of no use.
             Some(_) => self.clear()?,
-            // Interrupted before the marker was complete, so before anything else was written.
+            // Interrupted before the marker was complete, so before anything else was written;
+            // or the marker is new.
             None => {
-                let other = self
-                    .entries()?
-                    .into_iter()
-                    .find(|name| name != names::PARTIAL && is_ours(name));
+                let mut others = self.entries()?.into_iter();
+                let other = others.find(|name| name != names::PARTIAL && is_ours(name));
                 if let Some(example) = other {
+                    if text.is_empty() {
+                        // Another run has just finished here.
+                        fs::remove_file(self.path.join(names::PARTIAL))?;
+                    }
                     return Err(DestinationProblem::NotEmpty { example }.into());
                 }
             }
@@ -175,7 +184,7 @@ impl Destination {
     }
 
     /// Removes the marker: all is written.
-    pub(crate) fn finish(self) -> Result<()> {
+    pub(crate) fn finish(&self) -> Result<()> {
         let path = self.path.join(names::PARTIAL);
         let finish = || {
             fs::remove_file(&path)?;
@@ -185,7 +194,7 @@ impl Destination {
     }
 
     /// After a writer that cannot be continued: removes all that it wrote.
-    pub(crate) fn discard(self) {
+    pub(crate) fn discard(&self) {
         // Best effort: what stays is not loadable, and the next run clears it.
         if self.clear().is_ok() {
             self.abandon();
@@ -193,7 +202,7 @@ impl Destination {
     }
 
     /// After a failure: where nothing is worth keeping, leaves no trace.
-    pub(crate) fn abandon(self) {
+    pub(crate) fn abandon(&self) {
         let keep = self.entries().map_or(true, |entries| {
             entries
                 .iter()

@@ -7,12 +7,12 @@
 //! dimensions of a shape may not overflow even where another is zero; the header starts with `{`.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
-use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::Deserializer as _;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::checksum::Checksum;
+use super::header_json::{HeaderVisitor, RawTensor};
 use super::{CheckpointProblem, FileDtype};
 use crate::{Error, Result};
 
@@ -198,14 +198,6 @@ fn refuse_duplicates(entries: &[RawTensor]) -> Result<()> {
     Ok(())
 }
 
-/// A tensor's entry as it is written.
-struct RawTensor {
-    name: String,
-    dtype: String,
-    shape: Vec<u64>,
-    offsets: (u64, u64),
-}
-
 impl RawTensor {
     fn check(self, expected_start: u64, data_start: u64) -> Result<TensorInfo> {
         if !is_plain(&self.name) {
@@ -262,160 +254,4 @@ impl RawTensor {
 /// Whether a name can be shown and stored: not empty, no control characters.
 pub(crate) fn is_plain(name: &str) -> bool {
     !name.is_empty() && !name.chars().any(char::is_control)
-}
-
-struct RawHeader {
-    tensors: Vec<RawTensor>,
-    metadata: BTreeMap<String, String>,
-}
-
-struct HeaderVisitor;
-
-impl<'de> Visitor<'de> for HeaderVisitor {
-    type Value = RawHeader;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("an object of tensors")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
-        let mut tensors = Vec::new();
-        let mut metadata = None;
-        while let Some(name) = map.next_key::<String>()? {
-            if name == METADATA {
-                if metadata.is_some() {
-                    return Err(A::Error::custom("__metadata__ stands twice"));
-                }
-                metadata = Some(map.next_value_seed(Strings)?);
-            } else if tensors.len() == MAX_TENSORS {
-                return Err(A::Error::custom(format_args!(
-                    "more than {MAX_TENSORS} tensors"
-                )));
-            } else {
-                tensors.push(map.next_value_seed(TensorEntry(name))?);
-            }
-        }
-        Ok(RawHeader {
-            tensors,
-            metadata: metadata.unwrap_or_default(),
-        })
-    }
-}
-
-/// An object of strings in which no key stands twice.
-pub(super) struct Strings;
-
-impl<'de> DeserializeSeed<'de> for Strings {
-    type Value = BTreeMap<String, String>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Strings {
-    type Value = BTreeMap<String, String>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("an object of strings")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut strings = BTreeMap::new();
-        while let Some((key, value)) = map.next_entry::<String, String>()? {
-            if strings.contains_key(&key) {
-                return Err(A::Error::custom(format_args!(
-                    "the key {key:?} stands twice"
-                )));
-            }
-            strings.insert(key, value);
-        }
-        Ok(strings)
-    }
-}
-
-/// The entry of the tensor of that name.
-struct TensorEntry(String);
-
-impl<'de> DeserializeSeed<'de> for TensorEntry {
-    type Value = RawTensor;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<RawTensor, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for TensorEntry {
-    type Value = RawTensor;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "an object for the tensor {:?}", self.0)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawTensor, A::Error> {
-        let (mut dtype, mut shape, mut offsets) = (None, None, None);
-        while let Some(key) = map.next_key::<String>()? {
-            let twice = match key.as_str() {
-                "dtype" => dtype.replace(map.next_value::<String>()?).is_some(),
-                "shape" => shape.replace(map.next_value_seed(Shape)?).is_some(),
-                "data_offsets" => offsets.replace(map.next_value::<(u64, u64)>()?).is_some(),
-                _ => {
-                    return Err(A::Error::custom(format_args!(
-                        "the tensor {:?} has an unknown field {key:?}",
-                        self.0
-                    )));
-                }
-            };
-            if twice {
-                return Err(A::Error::custom(format_args!(
-                    "the field {key:?} of the tensor {:?} stands twice",
-                    self.0
-                )));
-            }
-        }
-        let missing = |field| {
-            A::Error::custom(format_args!(
-                "the tensor {:?} has no field {field:?}",
-                self.0
-            ))
-        };
-        Ok(RawTensor {
-            dtype: dtype.ok_or_else(|| missing("dtype"))?,
-            shape: shape.ok_or_else(|| missing("shape"))?,
-            offsets: offsets.ok_or_else(|| missing("data_offsets"))?,
-            name: self.0,
-        })
-    }
-}
-
-/// A list of at most [`MAX_DIMENSIONS`] sizes.
-struct Shape;
-
-impl<'de> DeserializeSeed<'de> for Shape {
-    type Value = Vec<u64>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<u64>, D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Shape {
-    type Value = Vec<u64>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("a list of sizes")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<u64>, A::Error> {
-        let mut shape = Vec::new();
-        while let Some(size) = list.next_element()? {
-            if shape.len() == MAX_DIMENSIONS {
-                return Err(A::Error::custom(format_args!(
-                    "a shape of more than {MAX_DIMENSIONS} dimensions"
-                )));
-            }
-            shape.push(size);
-        }
-        Ok(shape)
-    }
 }

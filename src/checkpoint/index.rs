@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::header::{Strings, is_plain};
+use super::header::is_plain;
+use super::header_json::Strings;
 use super::{CheckpointProblem, names};
 use crate::Result;
 

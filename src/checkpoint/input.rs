@@ -16,7 +16,7 @@ pub struct InputFile {
     stamp: Stamp,
 }
 
-/// What tells whether a file was written to: its length and its times.
+/// What tells whether a file was written to or replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stamp {
@@ -24,6 +24,9 @@ pub struct Stamp {
     pub bytes: u64,
     /// Seconds and nanoseconds since 1970 of the last write, where the system tells.
     pub modified: Option<(u64, u32)>,
+    /// The file's number on its disk, where the system has them: another file of the same name
+    /// has another.
+    pub inode: Option<u64>,
 }
 
 impl Stamp {
@@ -35,6 +38,10 @@ impl Stamp {
         Self {
             bytes: metadata.len(),
             modified,
+            #[cfg(unix)]
+            inode: Some(std::os::unix::fs::MetadataExt::ino(metadata)),
+            #[cfg(not(unix))]
+            inode: None,
         }
     }
 }
@@ -75,7 +82,7 @@ impl InputFile {
         &self.path
     }
 
-    /// Length and time when it was opened.
+    /// Its stamp when it was opened.
     #[must_use]
     pub fn stamp(&self) -> Stamp {
         self.stamp

@@ -6,7 +6,6 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::checksum::Checksum;
 use super::input::InputFile;
@@ -20,7 +19,7 @@ const BEFORE_CHECKSUM: &str = ",\n  \"checksum\": \"";
 const AFTER_CHECKSUM: &str = "\"\n}\n";
 
 /// The record of a checkpoint.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     format: String,
@@ -40,7 +39,7 @@ pub struct Manifest {
     pub shards: Vec<ShardRecord>,
     /// All other files.
     pub files: Vec<FileRecord>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     checksum: Option<Checksum>,
 }
 
@@ -174,28 +173,18 @@ impl Manifest {
     /// # Errors
     /// [`CheckpointProblem::Json`], which cannot happen for records made here.
     pub(crate) fn to_text(&self) -> Result<String> {
-        let failed = |error: serde_json::Error| CheckpointProblem::Json {
-            what: "record",
-            reason: error.to_string(),
-        };
-        let Value::Object(fields) = serde_json::to_value(self).map_err(failed)? else {
-            return Err(CheckpointProblem::NoChecksum.into());
-        };
-        let lines: Vec<String> = fields
-            .iter()
-            .map(|(key, value)| {
-                let value = match value {
-                    Value::Array(entries) if !entries.is_empty() => {
-                        let entries: Vec<String> =
-                            entries.iter().map(|entry| format!("    {entry}")).collect();
-                        format!("[\n{}\n  ]", entries.join(",\n"))
-                    }
-                    other => other.to_string(),
-                };
-                format!("  \"{key}\": {value}")
-            })
-            .collect();
-        let body = format!("{{\n{}{BEFORE_CHECKSUM}", lines.join(",\n"));
+        let fields = [
+            format!("  \"format\": {}", json(&self.format)?),
+            format!("  \"format_version\": {}", self.format_version),
+            format!("  \"fourbit_version\": {}", json(&self.fourbit_version)?),
+            format!("  \"plan\": {}", json(&self.plan)?),
+            format!("  \"source\": {}", json(&self.source)?),
+            format!("  \"options\": {}", json(&self.options)?),
+            format!("  \"tensors\": {}", json_lines(&self.tensors)?),
+            format!("  \"shards\": {}", json_lines(&self.shards)?),
+            format!("  \"files\": {}", json_lines(&self.files)?),
+        ];
+        let body = format!("{{\n{}{BEFORE_CHECKSUM}", fields.join(",\n"));
         let checksum = Checksum::of_bytes(body.as_bytes());
         Ok(format!("{body}{checksum}{AFTER_CHECKSUM}"))
     }
@@ -279,6 +268,26 @@ impl Manifest {
             .map(Some)
             .map_err(|error| error.in_file(path))
     }
+}
+
+fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|error| {
+        let reason = error.to_string();
+        Error::from(CheckpointProblem::Json {
+            what: "record",
+            reason,
+        })
+    })
+}
+
+/// A list with an entry a line.
+fn json_lines(entries: &[impl Serialize]) -> Result<String> {
+    let lines = entries
+        .iter()
+        .map(|entry| Ok(format!("\n    {}", json(entry)?)));
+    let lines = lines.collect::<Result<Vec<String>>>()?;
+    let end = if lines.is_empty() { "" } else { "\n  " };
+    Ok(format!("[{}{end}]", lines.join(",")))
 }
 
 /// Whether a file is not there.

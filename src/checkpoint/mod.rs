@@ -2,8 +2,8 @@
 //! checksums and a record of what was quantized added where other readers do not look.
 //!
 //! Reading takes every file as hostile: [`header`], [`index`], [`quant_state`] parse strictly,
-//! [`folder`] cross-checks a folder, [`quantized`] puts quantized weights together, [`verify`]
-//! checks every byte. Nothing is memory-mapped.
+//! [`folder`] cross-checks a folder, [`mod@quantized`] puts quantized weights together,
+//! [`mod@verify`] checks every byte. Nothing is memory-mapped.
 //!
 //! Writing plans first ([`plan`]): which tensor stands where is known before any data is, so data
 //! can be streamed. [`writer`] writes tensors that a caller holds; [`crate::convert`] those of
@@ -15,6 +15,7 @@ pub(crate) mod destination;
 mod dtype;
 pub mod folder;
 pub mod header;
+mod header_json;
 pub mod index;
 pub mod input;
 pub mod manifest;

@@ -1,7 +1,7 @@
 //! Files that appear complete or not at all: written under another name in the same folder,
 //! synced, renamed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -118,6 +118,7 @@ pub(crate) struct ShardOutput {
     temporary: Temporary,
     plan: ShardPlan,
     tensors: Vec<TensorOutput>,
+    places: HashMap<String, usize>,
     data_start: u64,
 }
 
@@ -160,10 +161,19 @@ impl ShardOutput {
         }
         Ok(Self {
             temporary: Temporary::create(folder, &plan.name)?,
+            places: (plan.tensors.iter().enumerate())
+                .map(|(place, (tensor, _))| (tensor.name.clone(), place))
+                .collect(),
             plan: plan.clone(),
             tensors,
             data_start,
         })
+    }
+
+    /// The index of the tensor of that name in the plan.
+    pub(crate) fn place(&self, name: &str) -> Result<usize> {
+        let place = self.places.get(name).copied();
+        place.ok_or_else(|| Error::from(CheckpointProblem::NoSuchTensor).in_tensor(name))
     }
 
     /// Writes the next bytes of the tensor at `index` of the plan.

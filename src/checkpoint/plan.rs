@@ -159,24 +159,15 @@ impl ShardPlan {
         LENGTH_BYTES + self.header_bytes() + data
     }
 
-    /// The place of the tensor of that name.
-    ///
-    /// # Errors
-    /// [`CheckpointProblem::NoSuchTensor`] where it is in another shard.
-    pub(crate) fn place(&self, name: &str) -> Result<usize> {
-        let place = self
-            .tensors
-            .iter()
-            .position(|(tensor, _)| tensor.name == name);
-        place.ok_or_else(|| Error::from(CheckpointProblem::NoSuchTensor).in_tensor(name))
-    }
-
     /// The bytes of the header, padding included: the same whatever the data is.
     pub(crate) fn header_bytes(&self) -> u64 {
         let blank = Checksum::of_bytes(&[]);
         let checksums = vec![blank; self.tensors.len()];
         let most: Vec<u64> = self.tensors.iter().map(|(_, bytes)| *bytes).collect();
-        let text = self.header_text(&most, &self.metadata(blank, blank, Some(blank), &checksums));
+        let text = self.header_text(
+            &most,
+            &self.metadata(blank, Some((blank, blank)), &checksums),
+        );
         (text.len() as u64).next_multiple_of(HEADER_ALIGNMENT)
     }
 
@@ -212,12 +203,12 @@ impl ShardPlan {
         Ok(header)
     }
 
-    /// What stands under `__metadata__`. A checkpoint that was not converted has no source data.
+    /// What stands under `__metadata__`. `source` are the checksums of the source's headers and
+    /// of this shard's source data; a checkpoint that was not converted has none.
     pub(crate) fn metadata(
         &self,
         plan: Checksum,
-        source: Checksum,
-        source_data: Option<Checksum>,
+        source: Option<(Checksum, Checksum)>,
         checksums: &[Checksum],
     ) -> BTreeMap<String, String> {
         let (framework, torch) = names::META_FRAMEWORK;
@@ -228,9 +219,9 @@ impl ShardPlan {
                 names::FORMAT_VERSION.to_string(),
             ),
             (names::META_PLAN.to_owned(), plan.to_string()),
-            (names::META_SOURCE.to_owned(), source.to_string()),
         ]);
-        if let Some(data) = source_data {
+        if let Some((headers, data)) = source {
+            metadata.insert(names::META_SOURCE.to_owned(), headers.to_string());
             metadata.insert(names::META_SOURCE_DATA.to_owned(), data.to_string());
         }
         for ((tensor, _), checksum) in self.tensors.iter().zip(checksums) {

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 ///
 /// Nothing that loads is there before [`Writer::finish`]. Dropped before that, it leaves nothing.
 pub struct Writer {
-    destination: Option<Destination>,
+    destination: Destination,
     shards: Vec<ShardPlan>,
     groups: Vec<Vec<PlannedTensor>>,
     files: Vec<(String, Vec<u8>)>,
@@ -24,6 +24,7 @@ pub struct Writer {
     next: (usize, usize, usize),
     output: Option<ShardOutput>,
     total_size: u64,
+    finished: bool,
 }
 
 impl Writer {
@@ -54,7 +55,7 @@ impl Writer {
         };
         let description: String = shards.iter().map(ShardPlan::describe).collect();
         Ok(Self {
-            destination: Some(Destination::take(path, &marker)?),
+            destination: Destination::take(path, &marker)?,
             shards,
             groups,
             files,
@@ -62,6 +63,7 @@ impl Writer {
             next: (0, 0, 0),
             output: None,
             total_size: 0,
+            finished: false,
         })
     }
 
@@ -84,15 +86,14 @@ impl Writer {
             });
         }
         let (shard, group, tensor) = self.next;
-        let destination = self.destination.as_ref().ok_or(Error::Interrupted)?;
-        let plan = self.shards.get(shard).ok_or(Error::Interrupted)?;
-        let mut output = match self.output.take() {
-            Some(output) => output,
-            None => ShardOutput::create(destination.path(), plan)?,
-        };
-        let place = plan.place(name)?;
-        output.write(place, bytes)?;
-        self.output = Some(output);
+        if self.output.is_none()
+            && let Some(plan) = self.shards.get(shard)
+        {
+            self.output = Some(ShardOutput::create(self.destination.path(), plan)?);
+        }
+        if let Some(output) = &mut self.output {
+            output.write(output.place(name)?, bytes)?;
+        }
         self.next = (shard, group, tensor + 1);
         self.advance()
     }
@@ -118,16 +119,15 @@ impl Writer {
     }
 
     fn end_shard(&mut self) -> Result<()> {
-        let destination = self.destination.as_ref().ok_or(Error::Interrupted)?;
         let Some(output) = self.output.take() else {
             return Ok(());
         };
         let plan = self.manifest.plan;
         let (record, data_bytes) =
-            output.finish(|shard, checksums| shard.metadata(plan, plan, None, checksums))?;
+            output.finish(|shard, checksums| shard.metadata(plan, None, checksums))?;
         self.manifest.shards.push(record);
         self.total_size += data_bytes;
-        sync_folder(destination.path())
+        sync_folder(self.destination.path())
     }
 
     /// Writes the small files, the record, and last the index.
@@ -141,8 +141,7 @@ impl Writer {
                 got: None,
             });
         }
-        let destination = self.destination.as_ref().ok_or(Error::Interrupted)?;
-        let path = destination.path().to_path_buf();
+        let path = self.destination.path().to_path_buf();
         let mut manifest = self.manifest.clone();
         let write = |manifest: &mut Manifest| {
             for (name, bytes) in &self.files {
@@ -157,18 +156,16 @@ impl Writer {
             }
             return Err(error);
         }
-        match self.destination.take() {
-            Some(destination) => destination.finish(),
-            None => Ok(()),
-        }
+        self.finished = true;
+        self.destination.finish()
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
         self.output = None;
-        if let Some(destination) = self.destination.take() {
-            destination.discard();
+        if !self.finished {
+            self.destination.discard();
         }
     }
 }

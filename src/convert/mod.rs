@@ -2,8 +2,8 @@
 //! model or its largest tensor.
 //!
 //! A reader thread, the quantizer on all cores and a writer thread work side by side
-//! ([`pipeline`]). What they do is decided from headers alone before anything is written
-//! ([`jobs`], [`rules`]), so equal sources and options give equal bytes, and an interrupted run
+//! (`pipeline`). What they do is decided from headers alone before anything is written
+//! (`jobs`, [`rules`]), so equal sources and options give equal bytes, and an interrupted run
 //! continues where it was.
 
 mod files;
@@ -18,7 +18,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use rayon::ThreadPoolBuilder;
-use rayon::prelude::*;
 
 use crate::checkpoint::config::Config;
 use crate::checkpoint::destination::{Destination, Found, Marker, check_space, look};
@@ -158,7 +157,7 @@ pub fn convert(
         pool: &pool,
     };
     let outcome = match look(destination)? {
-        Found::Complete => conversion.check_complete(destination)?,
+        Found::Complete => conversion.check_complete(destination, progress)?,
         Found::Free | Found::Partial => conversion.run(destination, progress)?,
         Found::Other(example) => {
             let problem = DestinationProblem::NotEmpty { example };
@@ -226,7 +225,11 @@ struct Outcome {
 impl Conversion<'_> {
     /// That a finished folder is what this conversion would make. The source's data is read and
     /// compared: it may have been trained on since, with the same header.
-    fn check_complete(&self, destination: &Path) -> Result<Outcome> {
+    fn check_complete(
+        &self,
+        destination: &Path,
+        progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+    ) -> Result<Outcome> {
         let other = || Error::from(DestinationProblem::OtherConversion).in_file(destination);
         let manifest = Manifest::of_folder(destination)?.ok_or_else(other)?;
         if manifest.plan != self.jobs.plan {
@@ -234,17 +237,20 @@ impl Conversion<'_> {
         }
         let result = Folder::open(destination)?;
         manifest.check_shards(&result)?;
-        let same = self.pool.install(|| {
-            (self.jobs.shards.par_iter().zip(result.shards()))
-                .map(|(plan, shard)| {
-                    let now = pipeline::source_data(self.folder, self.jobs, plan)?;
-                    let then = shard.header.metadata.get(names::META_SOURCE_DATA);
-                    Ok(then == Some(&now.to_string()))
+        let (mut done, total) = (0, self.jobs.source_bytes());
+        for (plan, shard) in self.jobs.shards.iter().zip(result.shards()) {
+            let now = pipeline::source_data(self.folder, self.jobs, plan, &mut |bytes, tensor| {
+                done += bytes;
+                progress(Progress {
+                    done,
+                    total,
+                    tensor,
                 })
-                .collect::<Result<Vec<bool>>>()
-        })?;
-        if same.contains(&false) {
-            return Err(other());
+            })?;
+            let then = shard.header.metadata.get(names::META_SOURCE_DATA);
+            if then != Some(&now.to_string()) {
+                return Err(other());
+            }
         }
         Ok(Outcome {
             shards: manifest.shards,

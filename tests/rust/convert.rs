@@ -528,3 +528,99 @@ fn empty_and_odd_tensors_survive() {
     check_result(&model, result.path(), &options());
     verify(result.path()).expect("a whole folder");
 }
+
+#[test]
+fn a_finished_folder_is_never_cleared() {
+    let (source, result, stopped) = (tempdir().unwrap(), tempdir().unwrap(), tempdir().unwrap());
+    write_model(source.path(), &tiny_model(18));
+    assert!(!stop_after(source.path(), stopped.path(), 10));
+    run(source.path(), result.path(), &several_shards()).unwrap();
+    let whole = contents(result.path());
+    let marker = "fourbit.partial.json";
+    // Killed between the last rename and the removal of the marker.
+    fs::copy(stopped.path().join(marker), result.path().join(marker)).unwrap();
+    verify(result.path()).expect("it is complete");
+    run(source.path(), result.path(), &several_shards()).expect("it only tidies up");
+    assert_eq!(contents(result.path()), whole);
+    // The same, and then the source changed: the result stays what it is.
+    fs::copy(stopped.path().join(marker), result.path().join(marker)).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    write_model(source.path(), &tiny_model(19));
+    let error = run(source.path(), result.path(), &several_shards()).expect_err("another source");
+    assert!(matches!(
+        error.root(),
+        Error::Destination(DestinationProblem::OtherConversion)
+    ));
+    assert_eq!(contents(result.path()), whole);
+    // A marker made by a run that came a moment too late.
+    fs::write(result.path().join(marker), "").unwrap();
+    let error = run(source.path(), result.path(), &several_shards()).expect_err("not empty");
+    assert!(matches!(
+        error.root(),
+        Error::Destination(DestinationProblem::NotEmpty { .. })
+    ));
+    assert_eq!(contents(result.path()), whole);
+}
+
+#[test]
+fn a_source_without_a_config_is_converted() {
+    let (source, result) = (tempdir().unwrap(), tempdir().unwrap());
+    write_model(source.path(), &tiny_model(20));
+    fs::remove_file(source.path().join("config.json")).unwrap();
+    run(source.path(), result.path(), &options()).expect("weights are enough");
+    assert!(!result.path().join("config.json").exists());
+    verify(result.path()).expect("a whole folder");
+}
+
+#[test]
+fn small_files_are_copied_and_others_are_listed() {
+    let (source, result) = (tempdir().unwrap(), tempdir().unwrap());
+    write_model(source.path(), &tiny_model(21));
+    for (name, text) in [
+        ("LICENSE", "free"),
+        ("chat_template.jinja", "{{ x }}"),
+        ("tokenizer.model", "\0\u{1}"),
+        ("merges.txt", "a b"),
+        ("training_args.bin", "PK"),
+        ("optimizer.pt", "PK"),
+        ("other.safetensors", "x"),
+        ("pytorch_model.bin.index.json", "{}"),
+        (".hidden.json", "{}"),
+    ] {
+        fs::write(source.path().join(name), text).unwrap();
+    }
+    fs::create_dir(source.path().join("folder")).unwrap();
+    let report = run(source.path(), result.path(), &options()).expect("a good source");
+    let copied = [
+        "LICENSE",
+        "chat_template.jinja",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer.model",
+    ];
+    assert_eq!(report.copied, copied);
+    for name in copied {
+        let (before, after) = (source.path().join(name), result.path().join(name));
+        assert_eq!(
+            fs::read(before).unwrap(),
+            fs::read(after).unwrap(),
+            "{name}"
+        );
+    }
+    let skipped: Vec<&str> = report
+        .skipped
+        .iter()
+        .map(|file| file.name.as_str())
+        .collect();
+    assert_eq!(
+        skipped,
+        [
+            ".hidden.json",
+            "folder",
+            "optimizer.pt",
+            "other.safetensors",
+            "pytorch_model.bin.index.json",
+            "training_args.bin"
+        ]
+    );
+}
