@@ -68,7 +68,7 @@ def test_convert_inspect_verify(plain_folder: Path, tmp_path: Path) -> None:
 
     contents = done("inspect", folder)
     assert contents["quantized"]["tensors"] == 14
-    assert contents["plain"]["tensors"] == 6
+    assert contents["plain"]["tensors"] == 7
     assert contents["format_version"] == 1
     numbers = contents["quantized"]["parameters"]
     assert contents["parameters"] == numbers + contents["plain"]["parameters"]
@@ -96,7 +96,7 @@ def test_convert_passes_its_options_on(plain_folder: Path, tmp_path: Path) -> No
 
 def test_inspect_reads_other_folders(plain_folder: Path, tmp_path: Path) -> None:
     shown = call("inspect", plain_folder).stdout
-    assert "not quantized: 205,120 parameters" in shown
+    assert "not quantized: 336,192 parameters" in shown
     pytest.importorskip("bitsandbytes")
     import transformers
 
