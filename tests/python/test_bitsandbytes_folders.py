@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 import fourbit
+from conftest import REPOSITORY
 
 pytest.importorskip("bitsandbytes")
 transformers = pytest.importorskip("transformers")

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from torch import nn
 
 import fourbit
+from conftest import REPOSITORY
 from fourbit import Linear4bit
 
 transformers = pytest.importorskip("transformers")
