@@ -54,8 +54,11 @@ def main() -> None:
 
     print(f"\n3. Fine-tune on {FAQ.name}")
 
+    shown = set()
+
     def show(step) -> None:
-        if step.loss is not None and step.step % 20 == 0:
+        if step.loss is not None and step.step % 20 == 0 and step.step not in shown:
+            shown.add(step.step)
             print(f"   step {step.step:>4} of {step.total}   loss {step.loss:.3f}")
 
     run = fourbit.finetune(
@@ -67,6 +70,7 @@ def main() -> None:
         lora_dropout=0.05,
         lr=2e-3,
         batch_size=8,
+        gradient_accumulation=1,
         max_steps=options.steps,
         gradient_checkpointing=False,  # the model is small: memory is not what is short
         progress=show,
