@@ -8,6 +8,28 @@ from torch import Tensor
 
 __version__: str
 
+__all__ = [
+    "CheckpointError",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "Codebook",
+    "NonFiniteError",
+    "__version__",
+    "adamw8_step",
+    "adamw32_step",
+    "add_quantization_config",
+    "convert",
+    "dequantize",
+    "dequantize_absmax",
+    "kept_module",
+    "quantize",
+    "quantize_absmax",
+    "quantized_layout",
+    "simd_backends",
+    "small_files",
+    "verify",
+]
+
 class CheckpointError(ValueError):
     """A checkpoint folder or file is damaged, incomplete or of an unknown format."""
 
