@@ -29,7 +29,9 @@ def folder_kind(folder: Path) -> FolderKind:
     if quantization is None:
         return "plain"
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
+    # Codebooks that bitsandbytes does not know go under our own name.
+    ours = method == "fourbit"
+    if not ours and (method != "bitsandbytes" or not quantization.get("load_in_4bit")):
         raise ValueError(f"{folder} is quantized by another method ({method}), which is not read")
     return "4bit"
 
