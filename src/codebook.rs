@@ -132,8 +132,12 @@ impl Codebook {
     ///
     /// # Errors
     /// [`Error::Codebook`] unless there are 2 to 256 entries with distinct indices below 256,
-    /// values in [-1, 1], and at least two distinct values.
+    /// values in [-1, 1], and at least two distinct values; and for the name of a built-in
+    /// codebook, by which files are read.
     pub fn from_map(name: &str, map: &[(u64, f32)], ties: Ties) -> Result<Self> {
+        if Self::by_name(name).is_ok() {
+            return Err(problem(name, CodebookProblem::BuiltInName));
+        }
         if map.len() < 2 || map.len() > 256 {
             return Err(problem(name, CodebookProblem::EntryCount(map.len())));
         }
@@ -388,5 +392,13 @@ mod tests {
             CodebookProblem::Value { index: 1, .. }
         ));
         assert!(Codebook::by_name("nf5").is_err());
+        let taken = Codebook::from_map("nf4", &[(0, -1.0), (1, 1.0)], Ties::Lower);
+        assert!(matches!(
+            taken,
+            Err(Error::Codebook {
+                problem: CodebookProblem::BuiltInName,
+                ..
+            })
+        ));
     }
 }

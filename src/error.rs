@@ -159,6 +159,9 @@ pub enum CodebookProblem {
     /// The name is not a built-in one.
     #[error("unknown name; use \"nf4\", \"fp4\", \"int4\" or a map of index to value")]
     UnknownName,
+    /// A user's map under the name of a built-in one.
+    #[error("it is the name of a built-in codebook; choose another")]
+    BuiltInName,
     /// Fewer than two or more than 256 entries.
     #[error("it has {0} entries where 2 to 256 are possible")]
     EntryCount(usize),
@@ -226,6 +229,12 @@ pub enum OptionProblem {
     TooSmall {
         /// The bound.
         least: u64,
+    },
+    /// A number outside its range.
+    #[error("it must be at most {most}")]
+    TooLarge {
+        /// The bound.
+        most: u64,
     },
     /// A name that cannot be a part of a tensor name.
     #[error("it must be 1 to 64 letters, digits, hyphens or underscores")]

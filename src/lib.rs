@@ -17,6 +17,51 @@
 //! | [`checkpoint`] | the file format: read, write, verify; every file is taken as hostile |
 //! | [`convert`](mod@convert) | a 16-bit checkpoint into a 4-bit one, streamed |
 //! | [`optimizer`] | AdamW on the CPU, its state in 32 bits or blockwise in 8 |
+//!
+//! A tensor to 4 bits and back:
+//!
+//! ```
+//! use fourbit::layout::Layout;
+//! use fourbit::{BlockSize, Codebook, blockwise, double_quant};
+//!
+//! let (nf4, block_size) = (Codebook::nf4(), BlockSize::DEFAULT);
+//! let weight: Vec<f32> = (0..1000_u16).map(|i| f32::from(i).sin()).collect();
+//!
+//! let layout = Layout::new(weight.len() as u64, block_size, nf4.code_bits());
+//! let mut packed = vec![0; layout.packed_bytes as usize];
+//! let mut absmax = vec![0.0; layout.blocks as usize];
+//! blockwise::quantize(&weight, nf4, block_size, &mut packed, &mut absmax)?;
+//!
+//! // The scales in 8 bits, and back: 4.127 bits a number in all, for large tensors.
+//! let mut codes = vec![0; absmax.len()];
+//! let mut nested_absmax = vec![0.0; layout.nested_blocks as usize];
+//! let offset = double_quant::quantize(&absmax, &mut codes, &mut nested_absmax)?;
+//! double_quant::dequantize(&codes, &nested_absmax, offset, &mut absmax)?;
+//!
+//! let mut restored = vec![0.0_f32; weight.len()];
+//! blockwise::dequantize(&packed, &absmax, nf4, block_size, &mut restored)?;
+//! // Codes are at most 0.304 apart, so no number is off by more than half of that.
+//! assert!(weight.iter().zip(&restored).all(|(a, b)| (a - b).abs() < 0.16));
+//! # Ok::<(), fourbit::Error>(())
+//! ```
+//!
+//! A checkpoint folder, converted and checked:
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use std::path::Path;
+//!
+//! use fourbit::checkpoint::verify;
+//! use fourbit::convert::{Options, convert};
+//!
+//! let (source, target) = (Path::new("llama"), Path::new("llama-4bit"));
+//! let report = convert(source, target, &Options::default(), &mut |now| {
+//!     println!("{} of {} bytes", now.done, now.total);
+//!     ControlFlow::Continue(())
+//! })?;
+//! assert_eq!(verify(target)?.shards, report.shards);
+//! # Ok::<(), fourbit::Error>(())
+//! ```
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

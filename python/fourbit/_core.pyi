@@ -7,8 +7,12 @@ from typing import TypedDict, final
 from torch import Tensor
 
 __version__: str
+DEFAULT_CHUNK_BYTES: int
+DEFAULT_MAX_SHARD_BYTES: int
 
 __all__ = [
+    "DEFAULT_CHUNK_BYTES",
+    "DEFAULT_MAX_SHARD_BYTES",
     "CheckpointError",
     "CheckpointReader",
     "CheckpointWriter",
@@ -148,6 +152,7 @@ class _TensorEntry(TypedDict):
     bytes: int
     file: str
     checksum: str | None
+    reason: str | None
 
 class _QuantizedEntry(TypedDict):
     name: str
@@ -158,6 +163,7 @@ class _QuantizedEntry(TypedDict):
     double_quant: bool
     nested_offset: float | None
     parts: dict[str, str]
+    reason: str | None
 
 class _PartEntry(TypedDict):
     part: str
@@ -222,6 +228,11 @@ def convert(
     threads: int,
     progress: Callable[[int, int, str], object] | None = None,
 ) -> _ConversionReport: ...
-def verify(path: str | PathLike[str], *, threads: int) -> _VerifyReport: ...
+def verify(
+    path: str | PathLike[str],
+    *,
+    threads: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> _VerifyReport: ...
 def kept_module(name: str) -> str | None: ...
 def small_files(folder: str | PathLike[str]) -> list[str]: ...

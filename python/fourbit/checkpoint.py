@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 
 from fourbit import _core
+from fourbit.codebook import Codebook, as_codebook
 
 __all__ = [
     "CheckpointInfo",
@@ -34,11 +35,11 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[int, int, str], object]
 """Called with the bytes of the source that are done, all of them, and the tensor under way."""
 
-DEFAULT_MAX_SHARD_BYTES = 2 << 30
-"""Bytes of an output file, where the caller does not say."""
+DEFAULT_MAX_SHARD_BYTES = _core.DEFAULT_MAX_SHARD_BYTES
+"""Bytes of an output file, where the caller does not say: 2 GiB."""
 
-DEFAULT_CHUNK_BYTES = 64 << 20
-"""Memory for data in flight per thread, where the caller does not say."""
+DEFAULT_CHUNK_BYTES = _core.DEFAULT_CHUNK_BYTES
+"""Memory for data in flight per thread, where the caller does not say: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class TensorInfo:
         bytes: Its bytes.
         file: The file it is in.
         checksum: Its XXH3 checksum of 128 bits in hexadecimal, if its writer gave it one.
+        reason: Why `convert` quantized or kept it, in a few words; None for the scales and tables
+            of a quantized weight, and where something else wrote the folder.
     """
 
     name: str
@@ -143,6 +146,7 @@ class TensorInfo:
     bytes: int
     file: str
     checksum: str | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ class QuantizedWeightInfo:
         shape: Its shape before.
         double_quant: Whether its scales are quantized too.
         parts: The names of the tensors it is stored as.
+        reason: Why `convert` quantized it; None where something else wrote the folder.
     """
 
     name: str
@@ -166,6 +171,7 @@ class QuantizedWeightInfo:
     shape: tuple[int, ...]
     double_quant: bool
     parts: Mapping[str, str]
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ def convert(
     source: PathLike,
     destination: PathLike,
     *,
-    codebook: str | _core.Codebook = "nf4",
+    codebook: str | Mapping[int, float] | Codebook = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
     only: str | Iterable[str] = (),
@@ -206,8 +212,8 @@ def convert(
 ) -> ConversionReport:
     """Converts a Hugging Face checkpoint folder to 4 bits, streamed.
 
-    Weights of linear layers are quantized. Embeddings, norms, biases, output heads, routers of
-    experts and whatever is tied stay as they are. The result is a folder that bitsandbytes'
+    Weights of linear layers are quantized. Embeddings, norms, biases, output heads, experts and
+    their routers, and whatever is tied stay as they are. The result is a folder that bitsandbytes'
     readers load too, with the tokenizer and other small files beside the weights.
 
     Memory is bounded by `chunk_bytes` and `threads`, not by the model. A run that was killed or
@@ -217,7 +223,7 @@ def convert(
     Args:
         source: Folder with ``model.safetensors``, or its shards and index.
         destination: Folder to be made, or an empty one.
-        codebook: ``"nf4"``, ``"fp4"``, ``"int4"``, or a `Codebook` of your own.
+        codebook: ``"nf4"``, ``"fp4"``, ``"int4"``, or a map or `Codebook` of your own.
         block_size: Elements that share a scale: a power of two from 32 to 4096.
         double_quant: Whether the scales are quantized too.
         only: Glob or globs (``"*.mlp.*"``) over tensor or module names: quantize these matrices,
@@ -225,8 +231,8 @@ def convert(
         skip: Glob or globs: leave these as they are. Wins over `only`.
         max_shard_bytes: Bytes of an output file, at most.
         chunk_bytes: Memory for data in flight, per thread.
-        threads: Threads that quantize; None for ``torch.get_num_threads()``. The result does not
-            depend on it.
+        threads: Threads that quantize, at most 1024; None for ``torch.get_num_threads()``. The
+            result does not depend on it.
         progress: Called now and then, from the calling thread, with the bytes of the source that
             are done, all of them, and the tensor under way. What it raises stops the conversion.
 
@@ -238,19 +244,28 @@ def convert(
         OSError: A file cannot be read or written, or the disk is too small.
         ValueError: An option is out of range, or a glob matches no tensor.
     """
-    if isinstance(codebook, str):
-        codebook = _core.Codebook.by_name(codebook)
+    if threads is None:
+        threads = torch.get_num_threads()
+    for option, value in (
+        ("block_size", block_size),
+        ("max_shard_bytes", max_shard_bytes),
+        ("chunk_bytes", chunk_bytes),
+        ("threads", threads),
+    ):
+        # What the core cannot hold would be an OverflowError that names nothing.
+        if not 0 <= value < 1 << 63:
+            raise ValueError(f"option {option} = {value}: it must be from 0 to 2^63 - 1")
     report = _core.convert(
         Path(source),
         Path(destination),
-        codebook=codebook,
+        codebook=as_codebook(codebook).core,
         block_size=block_size,
         double_quant=double_quant,
         only=_globs(only),
         skip=_globs(skip),
         max_shard_bytes=max_shard_bytes,
         chunk_bytes=chunk_bytes,
-        threads=torch.get_num_threads() if threads is None else threads,
+        threads=threads,
         progress=progress,
     )
     return ConversionReport(
@@ -282,7 +297,9 @@ def _globs(globs: str | Iterable[str]) -> list[str]:
     return [globs] if isinstance(globs, str) else list(globs)
 
 
-def verify(path: PathLike) -> VerifyReport:
+def verify(
+    path: PathLike, *, progress: Callable[[int, int], object] | None = None
+) -> VerifyReport:
     """Checks a checkpoint folder: every byte of it where it is ours.
 
     Folders of other writers have no checksums; their headers, index and quantized weights are
@@ -290,12 +307,15 @@ def verify(path: PathLike) -> VerifyReport:
 
     Args:
         path: The folder.
+        progress: Called now and then, from the calling thread, with the bytes that are compared
+            and all of them. What it raises stops the work.
 
     Raises:
         CheckpointError: Something is damaged, missing or out of place; names file and tensor.
         OSError: The folder or a file of it cannot be read.
     """
-    return VerifyReport(**_core.verify(Path(path), threads=torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    return VerifyReport(**_core.verify(Path(path), threads=threads, progress=progress))
 
 
 def inspect(path: PathLike) -> CheckpointInfo:
@@ -322,6 +342,7 @@ def inspect(path: PathLike) -> CheckpointInfo:
                 bytes=tensor["bytes"],
                 file=tensor["file"],
                 checksum=tensor["checksum"],
+                reason=tensor["reason"],
             )
             for tensor in reader.tensors()
         ),
@@ -334,6 +355,7 @@ def inspect(path: PathLike) -> CheckpointInfo:
                 shape=tuple(weight["shape"]),
                 double_quant=weight["double_quant"],
                 parts=weight["parts"],
+                reason=weight["reason"],
             )
             for weight in reader.quantized()
         ),

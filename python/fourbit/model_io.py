@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -228,8 +228,20 @@ def without_quantization(config: str) -> str:
 # --- load -----------------------------------------------------------------------------------------
 
 
+Made: TypeAlias = "tuple[list[str], Callable[[list[Tensor]], dict[str, Tensor]]]"
+"""Names of stored tensors, and what makes tensors of the model, by name, of them."""
+
+Arrange: TypeAlias = "Callable[[list[str], list[str]], tuple[dict[str, str], list[Made]]]"
+"""Given the names of a folder's quantized weights and of its other tensors: the names that some of
+the weights have in the model, and what is made of some of the other tensors."""
+
+
 def load(
-    model: Model, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    arrange: Arrange | None = None,
 ) -> Model:
     """Fill a model from a folder of ours or of bitsandbytes, in place, tensor by tensor.
 
@@ -240,6 +252,8 @@ def load(
         model: with the folder's names; it may be on the meta device.
         folder: of `save`, ``fourbit.convert`` or bitsandbytes; a plain safetensors folder works.
         device: where tensors go whose place in the model is on the meta device.
+        arrange: for a model whose tensors have other names than the folder's, or are made of
+            several of them.
 
     Returns:
         The model.
@@ -255,6 +269,17 @@ def load(
     of_quantized = {part for entry in quantized.values() for part in entry["parts"].values()}
     plain = {name: entry for name, entry in stored.items() if name not in of_quantized}
     state = model.state_dict(keep_vars=True)
+    made: list[Made] = []
+    if arrange is not None:
+        places, made = arrange(list(quantized), list(plain))
+        quantized = {places.get(name, name): entry for name, entry in quantized.items()}
+        # What they become is known without their data.
+        for names, make in made:
+            entries = [plain.pop(name) for name in names]
+            meta = [torch.empty(e["shape"], dtype=_torch_dtype(e), device="meta") for e in entries]
+            for name, tensor in make(meta).items():
+                shape = list(tensor.shape)
+                plain[name] = {"dtype": entries[0]["dtype"], "shape": shape, "made": True}
     _check_names(folder, model, state, quantized, plain)
 
     def read(name: str) -> Tensor:
@@ -262,6 +287,11 @@ def load(
         data = torch.empty(entry["bytes"], dtype=torch.uint8)
         reader.read_into(name, data)
         return data
+
+    def fill(name: str, data: Tensor) -> None:
+        target = state[name]
+        place = torch.device(device) if target.is_meta else target.device
+        _assign(model, target, data.to(device=place, dtype=target.dtype))
 
     for name, entry in quantized.items():
         tensor = _read_quantized(entry, read)
@@ -274,12 +304,26 @@ def load(
         else:
             new = Linear4bit.from_quantized(tensor, bias=layer.bias)
             replace_module(model, layer, new.train(layer.training))
-    for name, stored_as in plain.items():
-        data = read(name).view(_TORCH_DTYPES[stored_as["dtype"]]).reshape(stored_as["shape"])
-        target = state[name]
-        place = torch.device(device) if target.is_meta else target.device
-        _assign(model, target, data.to(device=place, dtype=target.dtype))
+
+    def read_plain(name: str) -> Tensor:
+        return read(name).view(_torch_dtype(stored[name])).reshape(stored[name]["shape"])
+
+    for name, entry in plain.items():
+        if "made" not in entry:
+            fill(name, read_plain(name))
+    for names, make in made:
+        for name, tensor in make([read_plain(name) for name in names]).items():
+            fill(name, tensor)
     return model
+
+
+def _torch_dtype(entry: Any) -> torch.dtype:
+    try:
+        return _TORCH_DTYPES[entry["dtype"]]
+    except KeyError:
+        raise CheckpointError(
+            f"{entry['name']} is {entry['dtype']}, which torch has no type for"
+        ) from None
 
 
 def _read_quantized(entry: Any, read: Callable[[str], Tensor]) -> QuantizedTensor:

@@ -92,7 +92,7 @@ impl Destination {
     pub(crate) fn take(path: &Path, marker: &Marker) -> Result<Self> {
         let take = || {
             let made = !path.exists();
-            fs::create_dir_all(path)?;
+            make_folder(path)?;
             let file = lock(&path.join(names::PARTIAL))?;
             let mut destination = Self {
                 path: path.to_path_buf(),
@@ -223,6 +223,20 @@ fn is_ours(name: &str) -> bool {
     names::parse_shard(name).is_some()
         || names::is_temporary(name)
         || [names::INDEX, names::MANIFEST, names::PARTIAL].contains(&name)
+}
+
+/// Makes a folder and those it lies in, and their names durable.
+fn make_folder(path: &Path) -> Result<()> {
+    let missing: Vec<PathBuf> = std::path::absolute(path)?
+        .ancestors()
+        .take_while(|ancestor| !ancestor.exists())
+        .map(Path::to_path_buf)
+        .collect();
+    fs::create_dir_all(path)?;
+    missing
+        .iter()
+        .filter_map(|made| made.parent())
+        .try_for_each(sync_folder)
 }
 
 /// Opens the marker and locks it. Should its former owner have removed it in between, tries

@@ -2,9 +2,11 @@
 //!
 //! Stricter than the reference reader in these ways, and never laxer: no key may stand twice, at
 //! any level; tensor entries hold `dtype`, `shape` and `data_offsets` and nothing else, as an
-//! object; tensor names are not empty and hold no control characters; a shape has at most
-//! [`MAX_DIMENSIONS`] dimensions and a file at most [`MAX_TENSORS`] tensors; the non-zero
-//! dimensions of a shape may not overflow even where another is zero; the header starts with `{`.
+//! object; tensor names are not empty, not longer than [`MAX_NAME_BYTES`] and hold no control
+//! characters; a shape has at most
+//! [`MAX_DIMENSIONS`] dimensions, a file at most [`MAX_TENSORS`] tensors and its metadata at most
+//! [`MAX_METADATA`] strings; the non-zero dimensions of a shape may not overflow even where
+//! another is zero; the header starts with `{`.
 
 use std::collections::BTreeMap;
 
@@ -22,6 +24,10 @@ pub(crate) const LENGTH_BYTES: u64 = 8;
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// The most tensors of one file.
 pub const MAX_TENSORS: usize = 1 << 18;
+/// The longest name of a tensor.
+pub const MAX_NAME_BYTES: usize = 4096;
+/// The most strings of a file's metadata: ours hold one for every tensor, and a few more.
+pub const MAX_METADATA: usize = MAX_TENSORS + 64;
 /// The most dimensions of a tensor, as in torch.
 pub const MAX_DIMENSIONS: usize = 64;
 /// The one key of a header that is no tensor.
@@ -200,9 +206,7 @@ fn refuse_duplicates(entries: &[RawTensor]) -> Result<()> {
 
 impl RawTensor {
     fn check(self, expected_start: u64, data_start: u64) -> Result<TensorInfo> {
-        if !is_plain(&self.name) {
-            return Err(CheckpointProblem::TensorName { name: self.name }.into());
-        }
+        check_name(&self.name)?;
         let (name, shape, (start, end)) = (self.name, self.shape, self.offsets);
         let inner = || {
             let dtype = FileDtype::by_name(&self.dtype).ok_or(CheckpointProblem::UnknownDtype {
@@ -251,7 +255,17 @@ impl RawTensor {
     }
 }
 
-/// Whether a name can be shown and stored: not empty, no control characters.
-pub(crate) fn is_plain(name: &str) -> bool {
-    !name.is_empty() && !name.chars().any(char::is_control)
+/// A tensor's name, where it can be shown and stored: not empty, not longer than
+/// [`MAX_NAME_BYTES`], no control characters.
+///
+/// # Errors
+/// [`CheckpointProblem::TensorName`].
+pub(crate) fn check_name(name: &str) -> Result<()> {
+    let length = 1..=MAX_NAME_BYTES;
+    if length.contains(&name.len()) && !name.chars().any(char::is_control) {
+        return Ok(());
+    }
+    // Enough to recognise it by.
+    let name = name.chars().take(100).collect();
+    Err(CheckpointProblem::TensorName { name }.into())
 }

@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::header::{MAX_DIMENSIONS, MAX_TENSORS, METADATA};
+use super::header::{MAX_DIMENSIONS, MAX_METADATA, MAX_TENSORS, METADATA};
 
 /// A tensor's entry as it is written.
 pub(super) struct RawTensor {
@@ -40,7 +40,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 if metadata.is_some() {
                     return Err(A::Error::custom("__metadata__ stands twice"));
                 }
-                metadata = Some(map.next_value_seed(Strings)?);
+                metadata = Some(map.next_value_seed(Strings { most: MAX_METADATA })?);
             } else if tensors.len() == MAX_TENSORS {
                 return Err(A::Error::custom(format_args!(
                     "more than {MAX_TENSORS} tensors"
@@ -56,8 +56,10 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 }
 
-/// An object of strings in which no key stands twice.
-pub(super) struct Strings;
+/// An object of at most so many strings, in which no key stands twice.
+pub(super) struct Strings {
+    pub(super) most: usize,
+}
 
 impl<'de> DeserializeSeed<'de> for Strings {
     type Value = BTreeMap<String, String>;
@@ -80,6 +82,12 @@ impl<'de> Visitor<'de> for Strings {
             if strings.contains_key(&key) {
                 return Err(A::Error::custom(format_args!(
                     "the key {key:?} stands twice"
+                )));
+            }
+            if strings.len() == self.most {
+                return Err(A::Error::custom(format_args!(
+                    "more than {} entries",
+                    self.most
                 )));
             }
             strings.insert(key, value);

@@ -5,10 +5,13 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::header::is_plain;
+use super::header::check_name;
 use super::header_json::Strings;
 use super::{CheckpointProblem, names};
 use crate::Result;
+
+/// The most tensors of a checkpoint; the largest models have some hundred thousand.
+pub const MAX_ENTRIES: usize = 1 << 20;
 
 /// Tensor names and the shards they are in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +31,7 @@ struct Raw {
 fn strings<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<BTreeMap<String, String>, D::Error> {
-    serde::de::DeserializeSeed::deserialize(Strings, deserializer)
+    serde::de::DeserializeSeed::deserialize(Strings { most: MAX_ENTRIES }, deserializer)
 }
 
 impl Index {
@@ -44,12 +47,7 @@ impl Index {
             reason: error.to_string(),
         })?;
         for (tensor, shard) in &raw.weight_map {
-            if !is_plain(tensor) {
-                return Err(CheckpointProblem::TensorName {
-                    name: tensor.clone(),
-                }
-                .into());
-            }
+            check_name(tensor)?;
             if !names::is_file_name(shard) || !shard.ends_with(".safetensors") {
                 return Err(CheckpointProblem::ShardName {
                     shard: shard.clone(),

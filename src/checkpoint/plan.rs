@@ -107,7 +107,8 @@ pub struct ShardPlan {
 /// split, so one that is larger has a shard of its own.
 ///
 /// # Errors
-/// As [`PlannedTensor::most_bytes`].
+/// As [`PlannedTensor::most_bytes`]; [`CheckpointProblem::HeaderTooLong`] where readers would
+/// refuse a shard for its header.
 pub fn plan(groups: &[Vec<PlannedTensor>], max_shard_bytes: u64) -> Result<Vec<ShardPlan>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
     let (mut start, mut bytes, mut tensors) = (0, 0_u64, 0);
@@ -128,7 +129,7 @@ pub fn plan(groups: &[Vec<PlannedTensor>], max_shard_bytes: u64) -> Result<Vec<S
         ranges.push(start..groups.len());
     }
     let count = ranges.len();
-    ranges
+    let shards: Vec<ShardPlan> = ranges
         .into_iter()
         .enumerate()
         .map(|(index, range)| {
@@ -148,15 +149,25 @@ pub fn plan(groups: &[Vec<PlannedTensor>], max_shard_bytes: u64) -> Result<Vec<S
                 tensors,
             })
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    for shard in &shards {
+        let claimed = shard.header_bytes();
+        if claimed > MAX_HEADER_BYTES {
+            let limit = MAX_HEADER_BYTES;
+            let problem = CheckpointProblem::HeaderTooLong { claimed, limit };
+            return Err(Error::from(problem).in_file(&shard.name));
+        }
+    }
+    Ok(shards)
 }
 
 impl ShardPlan {
     /// The bytes of the whole file, at most.
     #[must_use]
     pub fn most_file_bytes(&self) -> u64 {
-        let data: u64 = self.tensors.iter().map(|(_, bytes)| bytes).sum();
-        LENGTH_BYTES + self.header_bytes() + data
+        let tensors = self.tensors.iter();
+        let before = LENGTH_BYTES + self.header_bytes();
+        tensors.fold(before, |sum, (_, bytes)| sum.saturating_add(*bytes))
     }
 
     /// The bytes of the header, padding included: the same whatever the data is.
@@ -174,8 +185,7 @@ impl ShardPlan {
     /// The header as it stands in the file, its length first.
     ///
     /// # Errors
-    /// [`CheckpointProblem::TensorBytes`] where a tensor has another size than planned,
-    /// [`CheckpointProblem::HeaderTooLong`] where readers would refuse it.
+    /// [`CheckpointProblem::TensorBytes`] where a tensor has another size than planned.
     pub(crate) fn header(
         &self,
         bytes: &[u64],
@@ -189,13 +199,6 @@ impl ShardPlan {
             }
         }
         let length = self.header_bytes();
-        if length > MAX_HEADER_BYTES {
-            return Err(CheckpointProblem::HeaderTooLong {
-                claimed: length,
-                limit: MAX_HEADER_BYTES,
-            }
-            .into());
-        }
         let mut header = length.to_le_bytes().to_vec();
         header.extend_from_slice(self.header_text(bytes, metadata).as_bytes());
         let padded = usize::try_from(LENGTH_BYTES + length).unwrap_or(header.len());

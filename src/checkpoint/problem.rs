@@ -44,10 +44,13 @@ pub enum CheckpointProblem {
         /// The parser's words.
         reason: String,
     },
-    /// A tensor name that is empty or holds control characters.
-    #[error("the tensor name {name:?} is empty or holds control characters")]
+    /// A tensor name that is empty, too long, or holds control characters.
+    #[error(
+        "the tensor name {name:?} is empty, longer than {} bytes or holds control characters",
+        super::header::MAX_NAME_BYTES
+    )]
     TensorName {
-        /// The name.
+        /// The name's first hundred characters.
         name: String,
     },
     /// A name that stands twice.

@@ -1,7 +1,9 @@
 //! Checks a whole folder, byte for byte where it has our checksums.
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3;
@@ -17,6 +19,33 @@ use crate::{Error, Result};
 
 /// Bytes that are read at a time.
 const PIECE_BYTES: usize = 1 << 20;
+
+/// Is told the bytes that are done and all of them.
+pub type Progress<'a> = dyn Fn(u64, u64) -> ControlFlow<()> + Sync + 'a;
+
+/// How far the work is, and who wants to know.
+struct Watch<'a> {
+    done: AtomicU64,
+    total: u64,
+    progress: &'a Progress<'a>,
+}
+
+impl Watch<'_> {
+    fn add(&self, bytes: u64) -> Result<()> {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        match (self.progress)(done, self.total) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Interrupted),
+        }
+    }
+}
+
+/// What a folder's record says there is to be read.
+fn recorded_bytes(manifest: &Manifest) -> u64 {
+    let shards = manifest.shards.iter().map(|record| record.bytes);
+    let files = manifest.files.iter().map(|record| record.bytes);
+    shards.chain(files).fold(0, u64::saturating_add)
+}
 
 /// What [`verify`] found, all of it good.
 #[derive(Debug, Clone)]
@@ -43,14 +72,29 @@ pub struct Report {
 /// Name the file and tensor: [`Error::Checkpoint`] says what is wrong, [`Error::Io`] that
 /// something cannot be read.
 pub fn verify(path: &Path) -> Result<Report> {
+    verify_watched(path, &|_, _| ControlFlow::Continue(()))
+}
+
+/// [`verify`] with someone watching: `progress` is called with the bytes that are compared and
+/// all of them, by any of the threads and after every piece; it stops the work by returning
+/// `Break`.
+///
+/// # Errors
+/// As [`verify`], and [`Error::Interrupted`].
+pub fn verify_watched(path: &Path, progress: &Progress<'_>) -> Result<Report> {
     let manifest = Manifest::of_folder(path)?;
+    let watch = Watch {
+        done: AtomicU64::new(0),
+        total: manifest.as_ref().map_or(0, recorded_bytes),
+        progress,
+    };
     if let Some(manifest) = &manifest {
         // The index first: damage to it would else be reported as that of a tensor.
-        check_files(path, manifest)?;
+        check_files(path, manifest, &watch)?;
     }
     let folder = Folder::open(path)?;
     match &manifest {
-        Some(manifest) => check_ours(&folder, manifest)?,
+        Some(manifest) => check_ours(&folder, manifest, &watch)?,
         None => refuse_unrecorded(&folder)?,
     }
     let weights = quantized(&folder)?;
@@ -106,10 +150,10 @@ pub fn check_tensor(shard: &Shard, tensor: &TensorInfo, bytes: &[u8]) -> Result<
     }
 }
 
-fn check_files(path: &Path, manifest: &Manifest) -> Result<()> {
+fn check_files(path: &Path, manifest: &Manifest, watch: &Watch<'_>) -> Result<()> {
     manifest.files.par_iter().try_for_each(|record| {
         let file = path.join(&record.file);
-        check_file(&file, record).map_err(|error| match error {
+        check_file(&file, record, watch).map_err(|error| match error {
             located @ Error::File { .. } => located,
             other => other.in_file(&file),
         })
@@ -125,7 +169,7 @@ fn check_files(path: &Path, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
-fn check_file(path: &Path, record: &FileRecord) -> Result<()> {
+fn check_file(path: &Path, record: &FileRecord, watch: &Watch<'_>) -> Result<()> {
     if !names::is_file_name(&record.file) {
         let what = format!("{:?} is not a plain file name", record.file);
         return Err(CheckpointProblem::Manifest { what }.into());
@@ -136,13 +180,16 @@ fn check_file(path: &Path, record: &FileRecord) -> Result<()> {
         let expected = record.bytes;
         return Err(CheckpointProblem::FileBytes { expected, got }.into());
     }
-    record.checksum.check(checksum(&file, 0, got)?)
+    record.checksum.check(checksum(&file, 0, got, watch)?)
 }
 
 /// Every shard is as recorded, every byte of data under a checksum, and no shard of another
 /// checkpoint lies about.
-fn check_ours(folder: &Folder, manifest: &Manifest) -> Result<()> {
+fn check_ours(folder: &Folder, manifest: &Manifest, watch: &Watch<'_>) -> Result<()> {
     manifest.check_shards(folder)?;
+    for shard in folder.shards() {
+        watch.add(shard.header.data_start)?;
+    }
     let entries =
         fs::read_dir(folder.path()).map_err(|error| Error::from(error).in_file(folder.path()))?;
     for entry in entries {
@@ -159,12 +206,12 @@ fn check_ours(folder: &Folder, manifest: &Manifest) -> Result<()> {
         let locate = |error: Error| error.in_tensor(&tensor.name).in_file(shard.file.path());
         let expected =
             recorded(shard, tensor)?.ok_or_else(|| locate(CheckpointProblem::NoChecksum.into()))?;
-        let computed = checksum(&shard.file, tensor.offset, tensor.bytes).map_err(locate)?;
+        let computed = checksum(&shard.file, tensor.offset, tensor.bytes, watch).map_err(locate)?;
         expected.check(computed).map_err(locate)
     })
 }
 
-fn checksum(file: &InputFile, start: u64, bytes: u64) -> Result<Checksum> {
+fn checksum(file: &InputFile, start: u64, bytes: u64, watch: &Watch<'_>) -> Result<Checksum> {
     let mut hasher = Xxh3::new();
     let mut buffer = vec![0; PIECE_BYTES.min(usize::try_from(bytes).unwrap_or(PIECE_BYTES))];
     let mut position = 0;
@@ -175,6 +222,7 @@ fn checksum(file: &InputFile, start: u64, bytes: u64) -> Result<Checksum> {
         file.read_exact_at(piece, start + position)?;
         hasher.update(piece);
         position += count as u64;
+        watch.add(count as u64)?;
     }
     Ok(Checksum::of(&hasher))
 }

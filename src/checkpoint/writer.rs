@@ -47,7 +47,8 @@ impl Writer {
         check_names(&groups, &files)?;
         let shards = plan(&groups, max_shard_bytes)?;
         check_free(path, &files)?;
-        check_space(path, shards.iter().map(ShardPlan::most_file_bytes).sum())?;
+        let files_bytes = shards.iter().map(ShardPlan::most_file_bytes);
+        check_space(path, files_bytes.fold(0, u64::saturating_add))?;
         let marker = Marker {
             format_version: FORMAT_VERSION,
             plan: None,
@@ -173,11 +174,9 @@ impl Drop for Writer {
 fn check_names(groups: &[Vec<PlannedTensor>], files: &[(String, Vec<u8>)]) -> Result<()> {
     let mut names = std::collections::HashSet::new();
     for tensor in groups.iter().flatten() {
-        let name = tensor.name.clone();
-        if !super::header::is_plain(&name) {
-            return Err(super::CheckpointProblem::TensorName { name }.into());
-        }
+        super::header::check_name(&tensor.name)?;
         if !names.insert(&tensor.name) {
+            let name = tensor.name.clone();
             return Err(super::CheckpointProblem::DuplicateTensor { name }.into());
         }
     }

@@ -1,6 +1,8 @@
 //! What is to be done with every tensor of a source, and what the result's files look like:
 //! decided before any data is read.
 
+use std::collections::HashSet;
+
 use crate::checkpoint::config::{Config, Quantization};
 use crate::checkpoint::manifest::{Action, OptionsRecord, SourceRecord, SourceShard, TensorRecord};
 use crate::checkpoint::names;
@@ -232,6 +234,9 @@ fn skipped(jobs: &[Job]) -> Vec<String> {
         .filter_map(|job| must_be_skipped(&job.tensor, job.decision))
         .map(str::to_owned)
         .collect();
+    // Experts are named once, not once each.
+    let mut seen = HashSet::new();
+    modules.retain(|module| seen.insert(module.clone()));
     if !head_quantized && !modules.iter().any(|module| module == HEAD) {
         modules.push(HEAD.to_owned());
     }

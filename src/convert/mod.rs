@@ -25,7 +25,9 @@ use crate::checkpoint::input::InputFile;
 use crate::checkpoint::manifest::{ShardRecord, TensorRecord, is_missing};
 use crate::checkpoint::output::{commit, write_file};
 use crate::checkpoint::plan::ShardPlan;
-use crate::checkpoint::{FORMAT_VERSION, Folder, Header, Manifest, names};
+use crate::checkpoint::{
+    CheckpointProblem, Checksum, FORMAT_VERSION, Folder, Header, Manifest, names,
+};
 use crate::error::{DestinationProblem, OptionProblem};
 use crate::{BlockSize, Codebook, Error, Result};
 
@@ -39,6 +41,8 @@ pub const DEFAULT_MAX_SHARD_BYTES: u64 = 2 << 30;
 pub const DEFAULT_CHUNK_BYTES: u64 = 64 << 20;
 /// The least memory for data in flight, per thread.
 pub const LEAST_CHUNK_BYTES: u64 = 2 << 20;
+/// The most threads: starting them takes time that grows with the square of their number.
+pub const MOST_THREADS: usize = 1024;
 
 /// How to convert.
 #[derive(Debug, Clone)]
@@ -57,7 +61,8 @@ pub struct Options {
     pub max_shard_bytes: u64,
     /// Memory for data in flight, per thread.
     pub chunk_bytes: u64,
-    /// Threads that quantize; 0 for one a core. The result does not depend on it.
+    /// Threads that quantize, at most [`MOST_THREADS`]; 0 for one a core. The result does not
+    /// depend on it.
     pub threads: usize,
 }
 
@@ -190,6 +195,15 @@ fn check_options(options: &Options) -> Result<()> {
                 problem: OptionProblem::TooSmall { least },
             });
         }
+    }
+    if options.threads > MOST_THREADS {
+        return Err(Error::Option {
+            option: "threads",
+            value: options.threads.to_string(),
+            problem: OptionProblem::TooLarge {
+                most: MOST_THREADS as u64,
+            },
+        });
     }
     names::quant_state("x", options.codebook.name()).map(|_| ())
 }
@@ -357,7 +371,11 @@ impl Conversion<'_> {
     fn write_rest(&self, path: &Path, shards: Vec<ShardRecord>, total_size: u64) -> Result<()> {
         let mut manifest = Manifest::new(self.jobs.plan);
         for file in self.files {
-            let bytes = files::read(&self.folder.path().join(&file.name))?;
+            let source = self.folder.path().join(&file.name);
+            let bytes = files::read(&source)?;
+            if Checksum::of_bytes(&bytes) != file.checksum {
+                return Err(Error::from(CheckpointProblem::SourceChanged).in_file(source));
+            }
             manifest.files.push(write_file(path, &file.name, &bytes)?);
         }
         if let Some(config) = &self.jobs.config {

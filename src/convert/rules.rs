@@ -84,7 +84,7 @@ pub enum Reason {
     NotWeight,
     /// Elements that are no real numbers.
     NotFloat,
-    /// A weight of experts in one tensor.
+    /// A weight of experts, all of them in one tensor or each in its own.
     Experts,
     /// Not a matrix.
     NotMatrix,
@@ -115,7 +115,7 @@ impl Reason {
             Self::NotOnly => "not named by only",
             Self::NotWeight => "not a weight",
             Self::NotFloat => "not floating point",
-            Self::Experts => "experts in one tensor",
+            Self::Experts => "mixture of experts",
             Self::NotMatrix => "not a matrix",
             Self::Small => "smaller than one block",
             Self::Embedding => "embedding",
@@ -219,6 +219,7 @@ impl Rules {
             None if self.transposed && TRANSPOSED_LAYERS.contains(&last) => {
                 Some(Reason::Transposed)
             }
+            None if experts_of(module).is_some() => Some(Reason::Experts),
             reason => reason,
         }
     }
@@ -262,13 +263,27 @@ pub fn module_of(tensor: &str) -> Option<&str> {
     tensor.strip_suffix(".weight")
 }
 
+/// Of a numbered expert, the module that holds all of them: `mlp.experts` of
+/// `mlp.experts.3.up_proj`. transformers 5 puts the weights of all experts together into one
+/// tensor as it loads them, which it cannot do with packed codes.
+fn experts_of(module: &str) -> Option<&str> {
+    module
+        .match_indices("experts.")
+        .filter(|&(at, _)| at == 0 || module.get(..at).is_some_and(|before| before.ends_with('.')))
+        .find_map(|(at, found)| {
+            let number = module.get(at + found.len()..)?.split('.').next()?;
+            let numbered = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+            module.get(..at + found.len() - 1).filter(|_| numbered)
+        })
+}
+
 /// Whether one of the dotted parts of a name is `part`.
 fn has_part(name: &str, part: &str) -> bool {
     name.split('.').any(|other| other == part)
 }
 
-/// Whether a loader that replaces linear layers must be told to leave this module: it is a
-/// matrix, and may be one.
+/// What a loader that replaces linear layers must be told to leave: this tensor's module, where
+/// it is a matrix and so may be one; for one of many experts, the module of all of them.
 #[must_use]
 pub fn must_be_skipped(tensor: &TensorInfo, decision: Decision) -> Option<&str> {
     let linear = !decision.quantize
@@ -278,7 +293,11 @@ pub fn must_be_skipped(tensor: &TensorInfo, decision: Decision) -> Option<&str> 
             decision.reason,
             Reason::Norm | Reason::Embedding | Reason::NotWeight
         );
-    module_of(&tensor.name).filter(|_| linear)
+    let module = module_of(&tensor.name).filter(|_| linear)?;
+    Some(match decision.reason {
+        Reason::Experts => experts_of(module).unwrap_or(module),
+        _ => module,
+    })
 }
 
 /// Globs over tensor names; one that names the module means its weight.
@@ -373,6 +392,18 @@ mod tests {
             ("model.layers.0.mlp.gate_up_proj.weight", Reason::Linear),
             (
                 "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+                Reason::Experts,
+            ),
+            (
+                "model.layers.0.mlp.experts.63.down_proj.weight",
+                Reason::Experts,
+            ),
+            (
+                "model.layers.0.mlp.shared_experts.down_proj.weight",
+                Reason::Linear,
+            ),
+            (
+                "encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight",
                 Reason::Linear,
             ),
             (
@@ -430,6 +461,25 @@ mod tests {
             ("model.layers.0.q_norm.weight", Reason::Norm),
         ] {
             assert_eq!(reason("{}", name, &[64, 64]), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn loaders_are_told_of_all_experts_at_once() {
+        for (module, all) in [
+            (
+                "model.layers.0.mlp.experts.3.up_proj",
+                Some("model.layers.0.mlp.experts"),
+            ),
+            ("experts.0", Some("experts")),
+            ("experts.0.experts.x", Some("experts")),
+            ("experts.x.experts.12.w1", Some("experts.x.experts")),
+            ("mlp.shared_experts.0.w1", None),
+            ("mlp.experts.w1", None),
+            ("mlp.experts.", None),
+            ("mlp.experts", None),
+        ] {
+            assert_eq!(experts_of(module), all, "{module}");
         }
     }
 

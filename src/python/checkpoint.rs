@@ -1,6 +1,6 @@
 //! Reading, writing and verifying checkpoint folders for Python.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use pyo3::exceptions::PyValueError;
@@ -10,7 +10,7 @@ use pyo3::types::PyBytes;
 use super::errors::to_python;
 use super::quantize::Codebook;
 use super::tensor::Tensor;
-use super::threads::detached;
+use super::threads::detached_watched;
 use crate::checkpoint::config::{Config, Quantization};
 use crate::checkpoint::names::Part;
 use crate::checkpoint::plan::{Extent, PlannedTensor};
@@ -31,6 +31,7 @@ pub(super) struct TensorEntry {
     bytes: u64,
     file: String,
     checksum: Option<String>,
+    reason: Option<String>,
 }
 
 /// A quantized weight as a dict.
@@ -44,6 +45,7 @@ pub(super) struct QuantizedEntry {
     double_quant: bool,
     nested_offset: Option<f32>,
     parts: BTreeMap<&'static str, String>,
+    reason: Option<String>,
 }
 
 /// A part of a quantized weight as a dict.
@@ -74,6 +76,17 @@ pub(super) struct CheckpointReader {
     quantized: Vec<QuantizedWeight>,
 }
 
+impl CheckpointReader {
+    /// Why the converter quantized or kept each tensor of its source, as it recorded it: nothing
+    /// for the folders of others, and for models that were saved.
+    fn reasons(&self) -> HashMap<&str, &str> {
+        let records = self.manifest.iter().flat_map(|manifest| &manifest.tensors);
+        records
+            .map(|record| (record.name.as_str(), record.reason.as_str()))
+            .collect()
+    }
+}
+
 #[pymethods]
 impl CheckpointReader {
     /// Opens a folder: ours, bitsandbytes', or a plain one.
@@ -90,6 +103,7 @@ impl CheckpointReader {
 
     /// Every stored tensor, in the order of files and data.
     fn tensors(&self) -> PyResult<Vec<TensorEntry>> {
+        let reasons = self.reasons();
         self.folder
             .tensors()
             .map(|(shard, tensor)| {
@@ -101,6 +115,7 @@ impl CheckpointReader {
                     bytes: tensor.bytes,
                     file: shard.name.clone(),
                     checksum: checksum.map(|checksum| checksum.to_string()),
+                    reason: reasons.get(tensor.name.as_str()).map(ToString::to_string),
                 })
             })
             .collect()
@@ -108,6 +123,7 @@ impl CheckpointReader {
 
     /// Every quantized weight, by name.
     fn quantized(&self) -> Vec<QuantizedEntry> {
+        let reasons = self.reasons();
         self.quantized
             .iter()
             .map(|weight| {
@@ -127,6 +143,7 @@ impl CheckpointReader {
                     double_quant: weight.state.nested_offset.is_some(),
                     nested_offset: weight.state.nested_offset,
                     parts,
+                    reason: reasons.get(weight.name.as_str()).map(ToString::to_string),
                 }
             })
             .collect()
@@ -310,11 +327,19 @@ pub(super) fn add_quantization_config(
     add().map_err(|error: Error| to_python(&error))
 }
 
-/// Checks a folder, every byte where it is ours.
+/// Checks a folder, every byte where it is ours. `progress` is called with (bytes done, bytes in
+/// all) now and then.
 #[pyfunction]
-#[pyo3(signature = (path, *, threads))]
-pub(super) fn verify(py: Python<'_>, path: PathBuf, threads: usize) -> PyResult<VerifyReport> {
-    let report = detached(py, threads, || core::verify(&path))?;
+#[pyo3(signature = (path, *, threads, progress=None))]
+pub(super) fn verify(
+    py: Python<'_>,
+    path: PathBuf,
+    threads: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<VerifyReport> {
+    let report = detached_watched(py, threads, progress.as_ref(), |watch| {
+        core::verify_watched(&path, &|done, total| watch.note(done, total))
+    })?;
     Ok(VerifyReport {
         shards: report.shards,
         tensors: report.tensors,

@@ -2,17 +2,15 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pyo3::prelude::*;
 
 use super::errors::to_python;
 use super::quantize::Codebook;
+use super::threads::INTERVAL;
 use crate::checkpoint::manifest::{Action, TensorRecord};
 use crate::{BlockSize, convert as core};
-
-/// Between two calls of a progress callback, and two looks for Ctrl-C.
-const INTERVAL: Duration = Duration::from_millis(50);
 
 /// `core::Report` as a dict.
 #[derive(IntoPyObject)]

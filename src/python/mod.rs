@@ -32,9 +32,12 @@ mod _core {
     };
 
     use super::*;
+    use crate::convert::{DEFAULT_CHUNK_BYTES, DEFAULT_MAX_SHARD_BYTES};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        module.add("__version__", env!("CARGO_PKG_VERSION"))
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("DEFAULT_MAX_SHARD_BYTES", DEFAULT_MAX_SHARD_BYTES)?;
+        module.add("DEFAULT_CHUNK_BYTES", DEFAULT_CHUNK_BYTES)
     }
 }

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fourbit
 from conftest import REPOSITORY
@@ -103,3 +104,64 @@ def test_we_read_theirs(options, tmp_path):
     report = fourbit.verify(folder)
     assert report.quantized == 28
     assert not report.checksums
+
+
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4, "intermediate_size": 96},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_models_of_experts_load_on_both_sides(family, tmp_path):
+    """Their experts are stored one by one, and computed with as one tensor, which stays as it is.
+
+    Were they quantized, neither side could load the folder.
+    """
+    torch.manual_seed(11)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        **EXPERTS[family],
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    report = fourbit.convert(tmp_path / "source", tmp_path / "ours")
+    kept = [tensor for tensor in report.kept if tensor.reason == "mixture of experts"]
+    assert len(kept) == 2 * 4 * 3
+    assert len(report.quantized) == 2 * 4
+    assert theirs("read", tmp_path / "ours", tmp_path / "logits.pt", dtype="bfloat16") == 8
+    loaded = fourbit.from_pretrained(tmp_path / "ours")
+    experts = [(n, p) for n, p in model.named_parameters() if "experts" in n]
+    assert len(experts) == 2 * 2
+    for name, expected in experts:
+        assert torch.equal(loaded.get_parameter(name), expected)
+    ours = our_logits(tmp_path / "ours", torch.bfloat16)
+    assert_equal_within_bf16(ours, torch.load(tmp_path / "logits.pt", weights_only=True))
+    # The list of what is left alone names all experts of a layer at once.
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert len(config["quantization_config"]["llm_int8_skip_modules"]) == 2 * 2 + 1
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        **EXPERTS["Qwen3Moe"],
+    )
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    fourbit.convert(tmp_path / "source", tmp_path / "ours")
+    with pytest.raises(fourbit.CheckpointError, match=r"mlp\.experts\.gate_up_proj"):
+        fourbit.from_pretrained(tmp_path / "ours")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fourbit
 from fourbit import _core
 from fourbit.checkpoint import convert, inspect, verify
+from fourbit.cli.contents import Contents
 
 CHECKPOINT_ERROR = _core.CheckpointError
 
@@ -289,3 +291,47 @@ def test_a_quantization_config_is_added_to_a_text():
     assert json.loads(added)["quantization_config"]["codebook"] == "int4"
     with pytest.raises(CHECKPOINT_ERROR, match="quantized already"):
         _core.add_quantization_config(added, codebook=codebook, **options)
+
+
+def test_the_reasons_of_a_conversion_are_shown(folder):
+    info = inspect(folder)
+    reasons = {tensor.name: tensor.reason for tensor in info.tensors}
+    assert reasons["norm.weight"] == "norm"
+    assert reasons["a.proj.weight"] == "linear layer"
+    assert reasons["a.proj.weight.absmax"] is None
+    assert {weight.reason for weight in info.quantized} == {"linear layer"}
+
+    contents = Contents.of(info)
+    shown = {tensor["name"]: tensor["reason"] for tensor in contents.as_json()["tensors"]}
+    assert shown == {
+        "a.proj.weight": "linear layer",
+        "b.proj.weight": "linear layer",
+        "norm.weight": "norm",
+    }
+    assert contents.table().columns[-1].header == "why"
+    assert list(contents.table().columns[-1].cells) == ["linear layer", "linear layer", "norm"]
+
+
+def test_a_folder_without_reasons_is_shown_without(tmp_path):
+    network = fourbit.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+    fourbit.save(network, tmp_path / "saved")
+    (tmp_path / "plain").mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "plain" / "model.safetensors")
+    for name in ("saved", "plain"):
+        info = inspect(tmp_path / name)
+        assert {entry.reason for entry in (*info.tensors, *info.quantized)} == {None}
+        assert "why" not in [column.header for column in Contents.of(info).table().columns]
+
+
+def test_verify_tells_how_far_it_is_and_can_be_stopped(folder):
+    seen = []
+    report = verify(folder, progress=lambda done, total: seen.append((done, total)))
+    files = sum(path.stat().st_size for path in folder.iterdir() if path.name != "fourbit.json")
+    assert seen[-1] == (files, files)
+    assert report.checksums
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(folder, progress=stop)

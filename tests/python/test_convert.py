@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from fourbit import _core
 from fourbit.checkpoint import convert, inspect, verify
+from fourbit.codebook import Codebook
 
 CHILD = Path(__file__).with_name("convert_child.py")
 INDEX = "model.safetensors.index.json"
@@ -180,7 +181,7 @@ def test_quant_states_are_the_text_that_python_writes(tmp_path):
 
 def test_a_codebook_of_ones_own(tmp_path):
     entries = [(0, -1.0), (1, 0.25), (2, 0.5), (3, 1.0)]
-    codebook = _core.Codebook.from_entries("mine", entries, ties_upper=True)
+    codebook = Codebook(dict(entries), ties="upper", name="mine")
     write_model(tmp_path / "source", make_model())
     convert(tmp_path / "source", tmp_path / "result", codebook=codebook)
     weights = inspect(tmp_path / "result").quantized
@@ -426,3 +427,31 @@ def test_memory_is_bounded_by_the_budget_not_by_the_tensor(tmp_path):
     # The budget is 8 MiB; the rest is thread stacks, the allocator and the code itself.
     assert report["peak_kib"] <= 24 << 10, report
     assert inspect(tmp_path / "result").quantized[0].shape == (rows, columns)
+
+
+@pytest.mark.parametrize("option", ["block_size", "max_shard_bytes", "chunk_bytes", "threads"])
+@pytest.mark.parametrize("value", [-1, 2**63, 2**64])
+def test_numbers_out_of_range_name_their_option(tmp_path, option, value):
+    write_model(tmp_path / "source", make_model())
+    with pytest.raises(ValueError, match=option):
+        convert(tmp_path / "source", tmp_path / "result", **{option: value})
+    assert not (tmp_path / "result").exists()
+
+
+def test_more_threads_than_can_be_started_are_refused(tmp_path):
+    write_model(tmp_path / "source", make_model())
+    with pytest.raises(ValueError, match="threads.*at most 1024"):
+        convert(tmp_path / "source", tmp_path / "result", threads=100_000)
+    assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 40_000_000], ids=["long", "very long"])
+def test_a_name_too_long_is_refused_in_few_words(tmp_path, name):
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(_core.CheckpointError, match="longer than 4096 bytes") as raised:
+        convert(source, tmp_path / "result")
+    assert len(str(raised.value)) < 500
+    assert not (tmp_path / "result").exists()

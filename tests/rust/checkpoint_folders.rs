@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use common::{
@@ -223,6 +224,32 @@ fn verify_finds_ten_thousand_flipped_bits() {
         fs::write(&path, bytes).unwrap();
     }
     verify(folder.path()).expect("all bits are back");
+}
+
+#[test]
+fn verify_tells_how_far_it_is_and_can_be_stopped() {
+    let folder = converted();
+    let files = contents(folder.path());
+    let record = files["fourbit.json"].len() as u64;
+    let all = files.values().map(|file| file.len() as u64).sum::<u64>() - record;
+    let most = std::sync::atomic::AtomicU64::new(0);
+    verify::verify_watched(folder.path(), &|done, total| {
+        assert_eq!(total, all);
+        most.fetch_max(done, std::sync::atomic::Ordering::Relaxed);
+        ControlFlow::Continue(())
+    })
+    .expect("a whole folder");
+    assert_eq!(most.into_inner(), all);
+    for stop_at in [1, all / 2, all] {
+        let error = verify::verify_watched(folder.path(), &|done, _| {
+            if done < stop_at {
+                return ControlFlow::Continue(());
+            }
+            ControlFlow::Break(())
+        })
+        .expect_err("stopped");
+        assert!(matches!(error.root(), Error::Interrupted), "{error}");
+    }
 }
 
 #[test]

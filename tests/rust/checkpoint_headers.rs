@@ -316,6 +316,36 @@ fn a_million_empty_tensors_are_refused() {
 }
 
 #[test]
+fn a_million_strings_of_metadata_are_refused() {
+    let strings: Vec<String> = (0..1_000_000).map(|i| format!("\"{i:x}\":\"\"")).collect();
+    let header = format!("{{\"__metadata__\":{{{}}}}}", strings.join(","));
+    let error = Header::read(join(header.as_bytes(), &[]).as_slice()).expect_err("too many");
+    assert!(error.to_string().contains("more than"), "{error}");
+    let entries: Vec<String> = (0..1_100_000)
+        .map(|i| format!("\"{i:x}\":\"a.safetensors\""))
+        .collect();
+    let index = format!("{{\"weight_map\":{{{}}}}}", entries.join(","));
+    let error = checkpoint::index::Index::parse(&index).expect_err("too many");
+    assert!(error.to_string().contains("more than"), "{error}");
+}
+
+#[test]
+fn long_names_are_refused_and_not_repeated() {
+    for (length, good) in [(4096, true), (4097, false), (10_000_000, false)] {
+        let name = "n".repeat(length);
+        let header =
+            format!("{{\"{name}\":{{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}}}");
+        match Header::read(join(header.as_bytes(), &[]).as_slice()) {
+            Ok(_) => assert!(good),
+            Err(error) => {
+                assert!(!good && is_stricter(&error), "{error}");
+                assert!(error.to_string().len() < 300);
+            }
+        }
+    }
+}
+
+#[test]
 fn deep_nesting_does_not_exhaust_the_stack() {
     for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
         let deep = format!(

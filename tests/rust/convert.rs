@@ -496,6 +496,71 @@ fn the_source_may_not_change_meanwhile() {
 }
 
 #[test]
+fn the_small_files_may_not_change_meanwhile() {
+    let (source, parent) = (tempdir().unwrap(), tempdir().unwrap());
+    write_model(source.path(), &tiny_model(22));
+    let result = parent.path().join("result");
+    let error = convert(source.path(), &result, &several_shards(), &mut |_| {
+        fs::write(source.path().join("tokenizer.json"), "{}").unwrap();
+        ControlFlow::Continue(())
+    })
+    .expect_err("it changed");
+    assert!(error.to_string().contains("tokenizer.json"), "{error}");
+    assert!(matches!(
+        error.root(),
+        Error::Checkpoint(CheckpointProblem::SourceChanged)
+    ));
+    assert!(Folder::open(&result).is_err(), "nothing loads");
+}
+
+#[test]
+fn more_threads_than_can_be_started_are_refused() {
+    let (source, parent) = (tempdir().unwrap(), tempdir().unwrap());
+    write_model(source.path(), &tiny_model(23));
+    let result = parent.path().join("result");
+    let many = Options {
+        threads: 1025,
+        ..options()
+    };
+    let error = run(source.path(), &result, &many).expect_err("too many");
+    assert!(matches!(
+        error.root(),
+        Error::Option {
+            option: "threads",
+            problem: OptionProblem::TooLarge { most: 1024 },
+            ..
+        }
+    ));
+    assert!(!result.exists());
+}
+
+#[test]
+fn headers_that_no_reader_takes_are_refused_before_anything_is_written() {
+    // Names of 4000 bytes, 13,000 of them: the source's header has 53 MB, the result's would
+    // name every tensor twice and so have more than the 100 MB that are allowed.
+    let mut header = "{".to_owned();
+    for index in 0..13_000 {
+        let comma = if index == 0 { "" } else { "," };
+        let name = "n".repeat(4000);
+        header += &format!(
+            "{comma}\"{name}{index}\":{{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}"
+        );
+    }
+    header += "}";
+    let (source, parent) = (tempdir().unwrap(), tempdir().unwrap());
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(header.as_bytes());
+    fs::write(source.path().join("model.safetensors"), file).unwrap();
+    let result = parent.path().join("result");
+    let error = run(source.path(), &result, &options()).expect_err("too long");
+    assert!(matches!(
+        error.root(),
+        Error::Checkpoint(CheckpointProblem::HeaderTooLong { .. })
+    ));
+    assert!(!result.exists());
+}
+
+#[test]
 fn empty_and_odd_tensors_survive() {
     let model: Tensors = [
         ("a.weight".to_owned(), f32_tensor(&[0, 64], &[])),
@@ -520,7 +585,7 @@ fn empty_and_odd_tensors_survive() {
         ("b.weight", "smaller than one block"),
         ("c", "not a weight"),
         ("d.weight", "not a matrix"),
-        ("experts.gate_up_proj", "experts in one tensor"),
+        ("experts.gate_up_proj", "mixture of experts"),
         ("e.weight", "linear layer"),
     ] {
         assert!(reasons.contains(&expected), "{expected:?} in {reasons:?}");

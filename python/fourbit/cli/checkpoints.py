@@ -140,7 +140,8 @@ def verify(folder: Folder, json: Json = False) -> None:
     from fourbit import checkpoint
 
     start = time.perf_counter()
-    report = checkpoint.verify(folder)
+    with Meter("verifying", amount=screen.size, rate=lambda r: f"{screen.size(r)}/s") as meter:
+        report = checkpoint.verify(folder, progress=meter.update)
     seconds = time.perf_counter() - start
     if json:
         screen.say_json({"path": str(folder), **asdict(report), "seconds": seconds})

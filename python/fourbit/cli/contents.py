@@ -29,6 +29,7 @@ class Row:
         nbytes: in the files, scales and tables included.
         quantized: whether it is.
         tensors: how many there are.
+        reason: why it is quantized or not, where the folder records it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     nbytes: int
     quantized: bool
     tensors: int = 1
+    reason: str | None = None
 
     @property
     def numbers(self) -> int:
@@ -71,11 +73,19 @@ class Contents:
                 + (", scales in 8 bits" if weight.double_quant else ""),
                 sum(nbytes[part] for part in set(weight.parts.values())),
                 quantized=True,
+                reason=weight.reason,
             )
             for weight in info.quantized
         ]
         rows += [
-            Row(tensor.name, tensor.shape, tensor.dtype, tensor.bytes, quantized=False)
+            Row(
+                tensor.name,
+                tensor.shape,
+                tensor.dtype,
+                tensor.bytes,
+                quantized=False,
+                reason=tensor.reason,
+            )
             for tensor in info.tensors
             if tensor.name not in parts
         ]
@@ -94,6 +104,9 @@ class Contents:
         table.add_column("stored as", no_wrap=True)
         table.add_column("bits a number", justify="right", no_wrap=True)
         table.add_column("size", justify="right", no_wrap=True)
+        explained = any(row.reason for row in self.rows)
+        if explained:
+            table.add_column("why", overflow="fold")
         for row in self.rows if every else _grouped(self.rows):
             shape = str(list(row.shape))
             table.add_row(
@@ -102,6 +115,7 @@ class Contents:
                 row.stored_as,
                 f"{_bits(row.nbytes, row.numbers):.3f}" if row.numbers else "",
                 screen.size(row.nbytes),
+                *([screen.plain(row.reason or "")] if explained else ()),
             )
         return table
 
@@ -150,6 +164,7 @@ class Contents:
                     "stored_as": row.stored_as,
                     "bytes": row.nbytes,
                     "quantized": row.quantized,
+                    "reason": row.reason,
                 }
                 for row in self.rows
             ],
@@ -182,10 +197,11 @@ def _grouped(rows: Iterable[Row]) -> list[Row]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name)
-        groups.setdefault((kind, row.shape, row.stored_as, row.quantized), []).append(row)
+        key = (kind, row.shape, row.stored_as, row.quantized, row.reason)
+        groups.setdefault(key, []).append(row)
     return [
-        Row(kind, shape, stored_as, _size(members), quantized, len(members))
+        Row(kind, shape, stored_as, _size(members), quantized, len(members), reason)
         if len(members) > 1
         else members[0]
-        for (kind, shape, stored_as, quantized), members in groups.items()
+        for (kind, shape, stored_as, quantized, reason), members in groups.items()
     ]
