@@ -297,9 +297,7 @@ def _globs(globs: str | Iterable[str]) -> list[str]:
     return [globs] if isinstance(globs, str) else list(globs)
 
 
-def verify(
-    path: PathLike, *, progress: Callable[[int, int], object] | None = None
-) -> VerifyReport:
+def verify(path: PathLike, *, progress: Callable[[int, int], object] | None = None) -> VerifyReport:
     """Checks a checkpoint folder: every byte of it where it is ours.
 
     Folders of other writers have no checksums; their headers, index and quantized weights are

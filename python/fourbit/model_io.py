@@ -270,6 +270,7 @@ def load(
     plain = {name: entry for name, entry in stored.items() if name not in of_quantized}
     state = model.state_dict(keep_vars=True)
     made: list[Made] = []
+    of_made: set[str] = set()
     if arrange is not None:
         places, made = arrange(list(quantized), list(plain))
         quantized = {places.get(name, name): entry for name, entry in quantized.items()}
@@ -277,9 +278,9 @@ def load(
         for names, make in made:
             entries = [plain.pop(name) for name in names]
             meta = [torch.empty(e["shape"], dtype=_torch_dtype(e), device="meta") for e in entries]
-            for name, tensor in make(meta).items():
-                shape = list(tensor.shape)
-                plain[name] = {"dtype": entries[0]["dtype"], "shape": shape, "made": True}
+            for name, whole in make(meta).items():
+                plain[name] = {**entries[0], "shape": list(whole.shape)}
+                of_made.add(name)
     _check_names(folder, model, state, quantized, plain)
 
     def read(name: str) -> Tensor:
@@ -308,12 +309,11 @@ def load(
     def read_plain(name: str) -> Tensor:
         return read(name).view(_torch_dtype(stored[name])).reshape(stored[name]["shape"])
 
-    for name, entry in plain.items():
-        if "made" not in entry:
-            fill(name, read_plain(name))
+    for name in (name for name in plain if name not in of_made):
+        fill(name, read_plain(name))
     for names, make in made:
-        for name, tensor in make([read_plain(name) for name in names]).items():
-            fill(name, tensor)
+        for name, whole in make([read_plain(name) for name in names]).items():
+            fill(name, whole)
     return model
 
 

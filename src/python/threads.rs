@@ -74,7 +74,9 @@ pub(super) fn detached_watched<T: Send>(
             let mut raised = None;
             loop {
                 let result = finished.recv_timeout(INTERVAL);
-                if raised.is_none() {
+                // A failure is told by itself.
+                let going_well = matches!(result, Ok(Ok(_)) | Err(RecvTimeoutError::Timeout));
+                if raised.is_none() && going_well {
                     raised = watch.tell(progress).err();
                     watch.stop.store(raised.is_some(), Ordering::Relaxed);
                 }

@@ -167,7 +167,7 @@ def test_version() -> None:
 def test_faults_show_a_traceback_only_when_asked(
     monkeypatch: pytest.MonkeyPatch, four_bit_folder: Path
 ) -> None:
-    def broken(folder: Path) -> None:
+    def broken(folder: Path, **options: object) -> None:
         raise RuntimeError("of all things")
 
     monkeypatch.setattr("fourbit.checkpoint.verify", broken)

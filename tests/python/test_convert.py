@@ -440,7 +440,7 @@ def test_numbers_out_of_range_name_their_option(tmp_path, option, value):
 
 def test_more_threads_than_can_be_started_are_refused(tmp_path):
     write_model(tmp_path / "source", make_model())
-    with pytest.raises(ValueError, match="threads.*at most 1024"):
+    with pytest.raises(ValueError, match=r"threads.*at most 1024"):
         convert(tmp_path / "source", tmp_path / "result", threads=100_000)
     assert not (tmp_path / "result").exists()
 
