@@ -341,3 +341,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"state_bits is {options['state_bits']!r}; use 8 or 32")
     if options.get("amsgrad"):
         raise ValueError("amsgrad is not supported; make the optimizer without it")
+    # torch.optim.Adam, whose state is AdamW's, says here that its decay goes through the gradient.
+    if options.get("decoupled_weight_decay") is False and float(options["weight_decay"]):
+        raise ValueError("the weight decay is Adam's and not AdamW's; set it to 0 or use AdamW")
