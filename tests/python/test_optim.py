@@ -724,6 +724,7 @@ def assign(field, value):
         (lambda d: d["param_groups"][0].update(state_bits=32), "parameter 0 is 8-bit where 32"),
         (lambda d: d["param_groups"][0].update(betas=(2, 0)), "betas are"),
         (lambda d: d["param_groups"][0].update(amsgrad=True), "amsgrad"),
+        (lambda d: d["param_groups"][0].update(decoupled_weight_decay=False), "decay is Adam's"),
         (lambda d: d["param_groups"][0]["params"].pop(), "other parameter groups"),
         (lambda d: d["param_groups"].pop(), "other parameter groups"),
         (lambda d: d["param_groups"][0].update(params=[0, 0]), "names a parameter twice"),
