@@ -593,6 +593,7 @@ def test_grad_scaler_leaves_out_the_whole_step():
     [
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": torch.nan}, "lr is nan"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; it must be a number"),
         ({"lr": torch.ones(2)}, "lr is a tensor of 2 elements"),
         ({"eps": -1e-8}, "eps is"),
         ({"weight_decay": -0.1}, "weight_decay is"),

@@ -65,7 +65,9 @@ def merge(model: nn.Module) -> MergeReport:
     The sum is made in float32. A dense weight is rounded to its dtype; a 4-bit one is quantized
     again in its own format, which loses part of a small change: the report says how much. To keep
     all of it, use ``fourbit.export_merged``. The weights before the merge stay in memory until
-    `unmerge` or `remove_lora`, and modules of `modules_to_save` are in place already.
+    `unmerge` or `remove_lora`, and modules of `modules_to_save` are in place already. A state dict
+    taken meanwhile holds merged weights beside the adapter; `fourbit.save_adapter` writes the
+    adapter alone.
 
     Returns:
         What became of every layer.

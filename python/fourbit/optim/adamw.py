@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
@@ -333,6 +334,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must have one")
     for name in ("lr", "eps", "weight_decay"):
+        # YAML reads 1e-3 as a string, which schedulers would stumble over later.
+        if not isinstance(options[name], Real | Tensor):
+            raise ValueError(f"{name} is {options[name]!r}; it must be a number")
         if not 0 <= float(options[name]) < math.inf:
             raise ValueError(f"{name} is {options[name]}; it must be finite and not negative")
     if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
