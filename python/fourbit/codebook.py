@@ -6,6 +6,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Literal, TypeAlias
 
 from fourbit import _core
@@ -38,7 +39,9 @@ class Codebook:
             raise ValueError(f'ties is {ties!r}; use "lower" or "upper"')
         if name in BUILT_IN:
             raise ValueError(f"name {name!r} is that of a built-in codebook; choose another")
-        pairs = sorted(entries.items())
+        if not all(isinstance(index, Integral) for index in entries):
+            raise ValueError("a codebook's indices must be whole numbers")
+        pairs = sorted((int(index), float(value)) for index, value in entries.items())
         if name is None:
             packed = b"".join(struct.pack("<qf", index, value) for index, value in pairs)
             name = f"map-{hashlib.sha256(packed + ties.encode()).hexdigest()[:12]}"
@@ -143,9 +146,15 @@ def as_codebook(codebook: str | Mapping[int, float] | Codebook) -> Codebook:
 
     Raises:
         ValueError: for an unknown name or a bad map.
+        TypeError: for anything else.
     """
     if isinstance(codebook, Codebook):
         return codebook
     if isinstance(codebook, str):
         return by_name(codebook)
-    return Codebook(codebook)
+    if isinstance(codebook, Mapping):
+        return Codebook(codebook)
+    raise TypeError(
+        f"a codebook is a name, an {{index: value}} map or a Codebook, not a "
+        f"{type(codebook).__name__}"
+    )

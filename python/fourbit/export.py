@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit import _core
+from fourbit._core import NonFiniteError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.linear import Linear4bit
 from fourbit.lora import LoraLinear, lora_modules, merged_weight
@@ -21,6 +22,7 @@ from fourbit.model_io import (
     file_dtype,
     plain_group,
     untied_state,
+    was_untied,
     without_quantization,
     write_groups,
 )
@@ -65,19 +67,30 @@ def export_merged(
     Raises:
         FileExistsError: if the folder holds a checkpoint.
         FileNotFoundError: if `base` or `tokenizer_from` does not exist.
-        ValueError: for a `dtype` that is not floating point.
+        ValueError: for a `dtype` that is not floating point, or a model that is sharded over
+            processes.
+        NonFiniteError: naming a weight that training has made NaN or infinite, or that does not
+            fit `dtype`; nothing is there that loads.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; use bfloat16, float16 or float32")
     adapters = lora_modules(model)
     bases = {f"{path}.base_layer" for path in adapters}
+    # Further names of layers that stand in several places are left out, as those of tensors are.
+    adapter_paths = [
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoraLinear)
+    ]
+    # With its adapter added, a weight is tied to no other any more.
+    state = untied_state(model, apart={f"{path}.base_layer.weight" for path in adapter_paths})
     layers = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, Linear4bit) and path not in bases
     }
     groups: list[TensorGroup] = []
-    for name, tensor in untied_state(model).items():
+    for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
         if path in bases:
             path = path.removesuffix(".base_layer")
@@ -85,7 +98,7 @@ def export_merged(
                 groups.append(_merged_group(f"{path}.weight", adapters[path], dtype))
             elif leaf == "bias":
                 groups.append(plain_group(f"{path}.bias", tensor, _cast(tensor, dtype)))
-        elif any(path == p or path.startswith(f"{p}.") for p in adapters):
+        elif any(path == p or path.startswith(f"{p}.") for p in adapter_paths):
             continue
         elif path in layers and leaf.startswith("weight"):
             if leaf == "weight":
@@ -105,17 +118,26 @@ def _merged_group(name: str, layer: LoraLinear, dtype: torch.dtype | None) -> Te
     target = dtype or own
 
     def tensors() -> Iterator[Tensor]:
-        yield merged_weight(layer).to(target)
+        yield _finite(name, merged_weight(layer).to(target))
 
     shape = [layer.out_features, layer.in_features]
     return TensorGroup([(name, file_dtype(name, target), shape)], tensors)
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    if not weight.isfinite().all():
+        raise NonFiniteError(
+            f"{name} has NaN or infinity in {weight.dtype}: the training diverged, or the numbers "
+            "do not fit the dtype"
+        )
+    return weight
 
 
 def _dense_group(name: str, layer: Linear4bit, dtype: torch.dtype | None) -> TensorGroup:
     target = dtype or layer.weight_dtype
 
     def tensors() -> Iterator[Tensor]:
-        yield layer.dequantize(target)
+        yield _finite(name, layer.dequantize(target))
 
     shape = [layer.out_features, layer.in_features]
     return TensorGroup([(name, file_dtype(name, target), shape)], tensors)
@@ -147,8 +169,24 @@ def _plain_files(
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and key in fields:
                 fields[key] = str(dtype).removeprefix("torch.")
+        _follow_model(fields, model)
         files["config.json"] = (json.dumps(fields, indent=2) + "\n").encode()
     return list(files.items())
+
+
+def _follow_model(fields: dict[str, Any], model: nn.Module) -> None:
+    """Correct what training may have changed since the base's configuration was written."""
+    config: Any = getattr(model, "config", None)
+    get_text: Any = getattr(config, "get_text_config", None)
+    if not callable(get_text):
+        return
+    text = fields.get("text_config")
+    text = text if isinstance(text, dict) else fields
+    vocabulary = getattr(get_text(), "vocab_size", None)
+    if vocabulary is not None and "vocab_size" in text:
+        text["vocab_size"] = vocabulary
+    if was_untied(model):
+        fields["tie_word_embeddings"] = text["tie_word_embeddings"] = False
 
 
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:

@@ -31,7 +31,9 @@ class Linear4bit(nn.Linear):
     ``bias``                  [out_features]                        as in ``nn.Linear``
     ========================  ====================================  ===========================
 
-    The last two of the weight exist only with double quantization.
+    The last two of the weight exist only with double quantization. A state dict holds these bytes
+    and no more: it goes into a layer made with the same codebook, block size and sizes. Folders of
+    ``fourbit.save`` say these themselves.
 
     Args:
         in_features: size of each input.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -21,6 +21,7 @@ from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.codebook import Codebook
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import has_adapter
+from fourbit.lora.layer import LoraLinear
 from fourbit.model import replace_module
 from fourbit.quantized import QuantizedTensor
 
@@ -148,8 +149,15 @@ def file_dtype(name: str, dtype: torch.dtype) -> str:
         raise TypeError(f"{name} is {dtype}, which the file format has no type for") from None
 
 
-def untied_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, with tensors that share their memory under their first name alone."""
+def untied_state(model: nn.Module, *, apart: Collection[str] = ()) -> dict[str, Tensor]:
+    """The state dict, with tensors that share their memory under their first name alone.
+
+    Names in `apart` are there whatever they share, and the others as if these were not.
+
+    Raises:
+        TypeError: for extra state of a module.
+        ValueError: for a tensor without data, or one that is sharded over processes.
+    """
     state: dict[str, Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in model.state_dict().items():
@@ -157,6 +165,15 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
             raise TypeError(f"{name} is extra state of a module, which is not supported")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no data; load the model first")
+        if hasattr(tensor, "to_local"):
+            # All shards claim the same address, and would be taken for one tensor.
+            raise ValueError(
+                f"{name} is sharded over processes (FSDP2); only adapters are saved from there, "
+                "with fourbit.save_adapter"
+            )
+        if name in apart:
+            state[name] = tensor
+            continue
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
         if tensor.numel() and key in seen:
             continue
@@ -196,6 +213,8 @@ def config_files(model: nn.Module, layers: Mapping[str, Linear4bit]) -> list[tup
     if not hasattr(config, "to_json_string"):
         return []
     text = without_quantization(config.to_json_string())
+    if was_untied(model):
+        text = json.dumps({**json.loads(text), "tie_word_embeddings": False}, indent=2) + "\n"
     if layers:
         first = next(iter(layers.values()))
         skipped = [
@@ -216,6 +235,17 @@ def config_files(model: nn.Module, layers: Mapping[str, Linear4bit]) -> list[tup
     if hasattr(generation, "to_json_string"):
         files.append(("generation_config.json", generation.to_json_string().encode()))
     return files
+
+
+def was_untied(model: nn.Module) -> bool:
+    """Whether head and input embeddings, once one weight, have become two."""
+    config: Any = getattr(model, "config", None)
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    get_input: Any = getattr(model, "get_input_embeddings", None)
+    head, embeddings = (get() if callable(get) else None for get in (get_head, get_input))
+    if not getattr(config, "tie_word_embeddings", False) or head is None or embeddings is None:
+        return False
+    return isinstance(head, LoraLinear) or head.weight is not embeddings.weight
 
 
 def without_quantization(config: str) -> str:
@@ -262,6 +292,8 @@ def load(
         FileNotFoundError: without such a folder.
         CheckpointError: naming the file and the tensor that is damaged, missing, left over or of
             another shape. Names and shapes are checked before the model is touched.
+        ValueError: for a buffer on the meta device that no file holds: it is computed when the
+            model is made.
     """
     reader = _core.CheckpointReader(Path(folder))
     stored = {entry["name"]: entry for entry in reader.tensors()}
@@ -282,6 +314,7 @@ def load(
                 plain[name] = {**entries[0], "shape": list(whole.shape)}
                 of_made.add(name)
     _check_names(folder, model, state, quantized, plain)
+    _check_buffers(model, state)
 
     def read(name: str) -> Tensor:
         entry = stored[name]
@@ -403,3 +436,14 @@ def _check_names(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise refuse(f"it has no tensor {missing[0]}{more}")
+
+
+def _check_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Buffers that are not in state dicts must have their data already."""
+    stored = {id(tensor) for tensor in state.values()}
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and id(buffer) not in stored:
+            raise ValueError(
+                f"the buffer {name} is on the meta device, and no file holds it; make the model "
+                "with accelerate.init_empty_weights(include_buffers=False)"
+            )

@@ -18,6 +18,8 @@ float32 scales; otherwise it holds the 8-bit codes of double quantization.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -133,9 +135,16 @@ def _dequantize_cpu(
 ) -> Tensor:
     output = torch.empty(shape, dtype=dtype)
     _check_float(output, "dtype")
+    scales = _plain_absmax(absmax, nested_absmax, nested_offset)
+    return _decode(packed, scales, codebook, block_size, output)
+
+
+def _decode(
+    packed: Tensor, scales: Tensor, codebook: str, block_size: int, output: Tensor
+) -> Tensor:
     _core.dequantize(
         packed.contiguous(),
-        _plain_absmax(absmax, nested_absmax, nested_offset),
+        scales,
         by_name(codebook).core,
         block_size,
         output,
@@ -257,11 +266,45 @@ _library.define(f"linear_transposed(Tensor y, {_WEIGHT}) -> Tensor")
 
 def _check_operand(operand: Tensor, features: int, name: str) -> None:
     _check_float(operand, name)
+    if operand.ndim == 0:
+        raise ValueError(f"{name} is a single number, and the layer has {features} features")
     if operand.shape[-1] != features:
         raise ValueError(
             f"{name} has {operand.shape[-1]} features in its last dimension, "
             f"and the layer has {features}"
         )
+
+
+def _check_device(operand: Tensor, packed: Tensor) -> None:
+    # A layer that was never filled would otherwise give outputs without data.
+    if operand.device != packed.device:
+        raise RuntimeError(
+            f"the input is on {operand.device} and the layer on {packed.device}; "
+            "load the layer's weight, or move one of them"
+        )
+
+
+_workspaces = threading.local()
+_SMALLEST_WORKSPACE = 1 << 20
+
+
+def _weight_memory(shape: tuple[int, int], operand: Tensor) -> Tensor:
+    """Memory for a decoded weight; for a large one, memory that this thread uses again and again.
+
+    Large tensors are new memory each time, and for the system to provide that takes several times
+    as long as decoding into it. What is kept is as large as the largest weight so far.
+    """
+    size = shape[0] * shape[1] * operand.dtype.itemsize
+    in_graph = torch.is_grad_enabled() and operand.requires_grad  # which could hold on to it
+    if size < _SMALLEST_WORKSPACE or in_graph:
+        return torch.empty(shape, dtype=operand.dtype)
+    buffer: Tensor | None = getattr(_workspaces, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        _workspaces.buffer = None  # the old memory goes before the new comes
+        with torch.inference_mode(mode=False):  # the thread may leave that mode
+            buffer = torch.empty(size, dtype=torch.uint8)
+        _workspaces.buffer = buffer
+    return buffer[:size].view(operand.dtype).view(shape)
 
 
 @torch.library.impl(_library, "linear", "CPU")
@@ -278,10 +321,9 @@ def _linear_cpu(
     in_features: int,
 ) -> Tensor:
     _check_operand(x, in_features, "the input")
-    shape = [out_features, in_features]
-    weight = _dequantize_cpu(
-        packed, absmax, nested_absmax, nested_offset, codebook, block_size, shape, x.dtype
-    )
+    scales = _plain_absmax(absmax, nested_absmax, nested_offset)
+    memory = _weight_memory((out_features, in_features), x)
+    weight = _decode(packed, scales, codebook, block_size, memory)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -299,6 +341,7 @@ def _linear_fake(
     in_features: int,
 ) -> Tensor:
     _check_operand(x, in_features, "the input")
+    _check_device(x, packed)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -315,10 +358,9 @@ def _linear_transposed_cpu(
     in_features: int,
 ) -> Tensor:
     _check_operand(y, out_features, "the gradient")
-    shape = [out_features, in_features]
-    weight = _dequantize_cpu(
-        packed, absmax, nested_absmax, nested_offset, codebook, block_size, shape, y.dtype
-    )
+    scales = _plain_absmax(absmax, nested_absmax, nested_offset)
+    memory = _weight_memory((out_features, in_features), y)
+    weight = _decode(packed, scales, codebook, block_size, memory)
     return y @ weight
 
 
@@ -335,6 +377,7 @@ def _linear_transposed_fake(
     in_features: int,
 ) -> Tensor:
     _check_operand(y, out_features, "the gradient")
+    _check_device(y, packed)
     return y.new_empty((*y.shape[:-1], in_features))
 
 
@@ -358,12 +401,36 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.fourbit.linear_transposed.default(
-                gradient, *ctx.saved_tensors, *ctx.layout
-            )
+            weight = (*ctx.saved_tensors, *ctx.layout)
+            if torch.is_grad_enabled() and gradient.requires_grad:
+                grad_x = _LinearTransposed.apply(gradient, *weight)
+            else:
+                grad_x = torch.ops.fourbit.linear_transposed.default(gradient, *weight)
         if ctx.needs_input_grad[1]:
             grad_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, *([None] * 8)
+
+
+class _LinearTransposed(torch.autograd.Function):
+    """The gradient of `_Linear` as a function of its own, for gradients of gradients."""
+
+    @staticmethod
+    def forward(ctx, y, packed, absmax, nested_absmax, nested_offset, *layout):  # type: ignore[no-untyped-def]
+        ctx.layout = layout
+        ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+        return torch.ops.fourbit.linear_transposed.default(
+            y, packed, absmax, nested_absmax, nested_offset, *layout
+        )
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return _product(gradient, None, *ctx.saved_tensors, *ctx.layout), *([None] * 8)
+
+
+def _product(x: Tensor, bias: Tensor | None, *weight: Tensor | str | int | None) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, bias, *weight)  # type: ignore[no-any-return]
+    return torch.ops.fourbit.linear.default(x, bias, *weight)  # type: ignore[no-any-return]
 
 
 def linear(
@@ -403,6 +470,4 @@ def linear(
         x = x.to(torch.get_autocast_dtype(device))
     weight = (packed, absmax, nested_absmax, nested_offset)
     layout = (codebook, block_size, out_features, in_features)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, bias, *weight, *layout)  # type: ignore[no-any-return]
-    return torch.ops.fourbit.linear.default(x, bias, *weight, *layout)  # type: ignore[no-any-return]
+    return _product(x, bias, *weight, *layout)

@@ -82,6 +82,54 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(layer, (x,), eps=1e-2, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_gradients_of_gradients_equal_the_dequantized_layer():
+    dense, layer = make_layer(96, 40)
+    dense.weight.data = layer.dequantize()
+    found = []
+    for module in (dense, layer):
+        torch.manual_seed(1)
+        x = torch.randn(3, 96, requires_grad=True)
+        (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.pow(3).sum(), x)
+        found.append((gradient, second))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:fourbit..linear")
+def test_weights_that_share_decoding_memory_do_not_meet():
+    """Large ones are decoded into the same memory, in turns, whatever their dtypes and sizes."""
+    torch.manual_seed(0)
+    layers = [
+        Linear4bit.from_linear(nn.Linear(n, m, bias=False)) for n, m in ((640, 512), (512, 700))
+    ]
+    weights = [layer.dequantize() for layer in layers]
+    first = ops._weight_memory((512, 640), torch.empty(0))
+    assert ops._weight_memory((512, 640), torch.empty(0)).data_ptr() == first.data_ptr()
+    with torch.inference_mode():
+        for layer in layers:
+            layer(torch.randn(1, layer.in_features))
+    for dtype in TOLERANCE:
+        x = torch.randn(3, 640, dtype=dtype, requires_grad=True)
+        hidden = layers[0](x)
+        y = layers[1](hidden)
+        gradient = torch.randn_like(y)
+        y.backward(gradient)
+        expected = reference.linear(hidden.detach(), weights[1].to(dtype))
+        assert (y - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+        expected = gradient.double() @ weights[1].double() @ weights[0].double()
+        assert (x.grad - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+    # A graph recorded inside the operator, which its own wrapper never does, has its own copy.
+    q = layers[0].quantized()
+    parts = (q.packed, q.absmax, q.nested_absmax, q.nested_offset)
+    x = torch.randn(3, 640, requires_grad=True)
+    y = torch.ops.fourbit.linear.default(x, None, *parts, "nf4", 64, 512, 640)
+    layers[1](torch.randn(1, 512))
+    y.sum().backward()
+    assert torch.allclose(x.grad, weights[0].sum(0).expand(3, -1), atol=1e-4)
+
+
 def test_nothing_decoded_is_kept_for_backward():
     _, layer = make_layer(512, 512, bias=False)
     saved = []
@@ -181,6 +229,14 @@ def test_bad_input_is_named():
     dense, layer = make_layer(64, 8)
     with pytest.raises(ValueError, match="63 features in its last dimension, and the layer has 64"):
         layer(torch.randn(2, 63))
+    with pytest.raises(ValueError, match="single number, and the layer has 64 features"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="input is on cpu and the layer on meta"):
+        Linear4bit(64, 8, device="meta")(torch.randn(2, 64))
+    with pytest.raises(TypeError, match="not a list"):
+        Linear4bit(64, 8, codebook=["nf4"])
+    with pytest.raises(ValueError, match="indices must be whole numbers"):
+        Linear4bit(64, 8, codebook={0.5: -1.0, 1: 1.0})
     with pytest.raises(TypeError, match="float64"):
         layer(torch.randn(2, 64, dtype=torch.float64))
     with pytest.raises(ValueError, match="not quantized"):

@@ -247,6 +247,8 @@ def test_meta_device() -> None:
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"lora_dropout": "x"}, "lora_dropout is 'x'"),
         ({"rank_pattern": {"q_proj": -1}}, "q_proj is -1"),
+        ({"rank_pattern": {"q_prj": 2}}, "rank_pattern has 'q_prj', which matches no layer"),
+        ({"alpha_pattern": {"lm_head": 2}}, "alpha_pattern has 'lm_head', which matches no layer"),
         ({"rank_pattern": {"(": 1}}, "rank_pattern '\\(' is not a regular expression"),
         ({"target_modules": "("}, "target_modules '\\(' is not a regular expression"),
         ({"target_modules": []}, "target_modules is \\(\\)"),

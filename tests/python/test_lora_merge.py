@@ -162,6 +162,22 @@ def test_merge_keeps_a_cast_of_the_model() -> None:
     assert relative(logits(model), wanted) < 0.05
 
 
+def test_a_tied_head_is_tied_again_after_unmerge() -> None:
+    model = llama(tie_word_embeddings=True)
+    add_lora(model, r=4, target_modules=["lm_head"])
+    shake(model)
+    embeddings = model.model.embed_tokens.weight
+    before = embeddings.clone()
+    merge(model)
+    assert model.lm_head.base_layer.weight is not embeddings
+    assert torch.equal(embeddings, before)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        unmerge(each)
+        assert each.lm_head.base_layer.weight is each.model.embed_tokens.weight
+        assert torch.equal(each.model.embed_tokens.weight, before)
+
+
 def test_out_of_turn() -> None:
     model = adapted("nf4")
     with pytest.raises(ValueError, match="is not merged"):

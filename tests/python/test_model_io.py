@@ -243,6 +243,67 @@ def test_export_adds_the_adapter_in_float32(converted, tokens, tmp_path, use_dor
         fourbit.export_merged(model, tmp_path / "y", dtype=torch.int8)
 
 
+@pytest.mark.parametrize("trained", ["adapter on the head", "head", "embeddings"])
+def test_export_of_a_model_whose_head_was_tied(converted, tokens, tmp_path, trained):
+    model = fourbit.from_pretrained(converted, dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    saved = {"head": ["lm_head"], "embeddings": ["embed_tokens"]}.get(trained)
+    targets = ["q_proj", "lm_head"] if saved is None else ["q_proj"]
+    fourbit.add_lora(
+        model,
+        r=4,
+        target_modules=targets,
+        modules_to_save=saved,
+        lora_dropout=0.0,
+        init_lora_weights=False,
+        seed=1,
+    )
+    if saved is not None:
+        twin = model.lm_head if trained == "head" else model.model.embed_tokens
+        twin.weight.data *= 1.1
+    adapted = logits(model.eval(), tokens)
+    fourbit.export_merged(model, tmp_path / "merged", dtype=torch.float32)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(merged, tokens) - adapted).abs().max() <= 1e-4 * adapted.abs().max()
+    if saved is None:
+        # Merged for good, a head is no longer what a tied configuration says.
+        fourbit.merge(model)
+        fourbit.save(fourbit.remove_lora(model), tmp_path / "saved")
+        again = fourbit.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_export_of_a_model_with_a_larger_vocabulary(converted, tokens, tmp_path):
+    model = fourbit.from_pretrained(converted)
+    size = model.config.vocab_size + 8
+    model.resize_token_embeddings(size, mean_resizing=False)
+    fourbit.export_merged(model, tmp_path / "plain")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.config.vocab_size == size
+    assert torch.equal(logits(plain, tokens), logits(model, tokens))
+
+
+def test_export_refuses_what_is_not_finite(tmp_path):
+    model = fourbit.add_lora(fourbit.quantize_model(network()), r=2, init_lora_weights=False)
+    model["once"].lora_B.weight.data[3] = 1e6
+    with pytest.raises(fourbit.NonFiniteError, match=r"once\.weight.*torch\.float16"):
+        fourbit.export_merged(model, tmp_path / "net", dtype=torch.float16)
+    assert not list(tmp_path.glob("net/*.safetensors*"))
+    model["once"].lora_B.weight.data[3] = float("nan")
+    with pytest.raises(fourbit.NonFiniteError, match=r"once\.weight"):
+        fourbit.export_merged(model, tmp_path / "net")
+
+
+def test_buffers_that_no_file_holds_are_missed(converted):
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(BASE))
+    with pytest.raises(ValueError, match=r"rotary_emb\.inv_freq is on the meta device"):
+        fourbit.load(model, converted)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_an_interrupted_save_leaves_nothing_that_loads(tmp_path, monkeypatch):
     model = fourbit.quantize_model(network())
     calls = []

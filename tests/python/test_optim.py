@@ -593,6 +593,7 @@ def test_grad_scaler_leaves_out_the_whole_step():
     [
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": torch.nan}, "lr is nan"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; it must be a number"),
         ({"lr": torch.ones(2)}, "lr is a tensor of 2 elements"),
         ({"eps": -1e-8}, "eps is"),
         ({"weight_decay": -0.1}, "weight_decay is"),
@@ -724,6 +725,7 @@ def assign(field, value):
         (lambda d: d["param_groups"][0].update(state_bits=32), "parameter 0 is 8-bit where 32"),
         (lambda d: d["param_groups"][0].update(betas=(2, 0)), "betas are"),
         (lambda d: d["param_groups"][0].update(amsgrad=True), "amsgrad"),
+        (lambda d: d["param_groups"][0].update(decoupled_weight_decay=False), "decay is Adam's"),
         (lambda d: d["param_groups"][0]["params"].pop(), "other parameter groups"),
         (lambda d: d["param_groups"].pop(), "other parameter groups"),
         (lambda d: d["param_groups"][0].update(params=[0, 0]), "names a parameter twice"),

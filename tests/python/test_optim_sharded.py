@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import processes
 from fourbit.optim import PagedAdamW
+from processes import WORLD
 
-WORLD = 2
 FULL = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
@@ -117,24 +117,12 @@ def check_all_shards_skip_together() -> None:
     assert optimizer.skipped_updates == 1
 
 
-def work(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        for bits in (32, 8):
-            check_shards_step_as_plain_tensors(bits)
-            check_full_state_dict_resumes(bits)
-        check_all_shards_skip_together()
-        dist.barrier()  # nobody leaves while the other still talks to it
-    finally:
-        dist.destroy_process_group()
+def check_everything(_: Path) -> None:
+    for bits in (32, 8):
+        check_shards_step_as_plain_tensors(bits)
+        check_full_state_dict_resumes(bits)
+    check_all_shards_skip_together()
 
 
 def test_two_processes(tmp_path: Path):
-    torch.multiprocessing.spawn(work, (str(tmp_path / "store"),), nprocs=WORLD)
+    processes.run(check_everything, tmp_path)

@@ -19,6 +19,7 @@ from fourbit.lora.layer import InitLora, LoraLinear
 from fourbit.lora.targets import (
     ALL_LINEAR,
     check_each_name_matches,
+    check_each_pattern_matches,
     find_targets,
     shortest_names,
 )
@@ -139,6 +140,8 @@ def add_lora(
     rule = TargetRule(config.target_modules, (), config.modules_to_save)
     targets = find_targets(model, rule)
     check_each_name_matches(config.target_modules, targets)
+    for option in ("rank_pattern", "alpha_pattern"):
+        check_each_pattern_matches(option, getattr(config, option), targets)
     if config.target_modules == ALL_LINEAR:
         config = replace(config, target_modules=shortest_names(targets, model))
     if init_lora_weights == "loftq":

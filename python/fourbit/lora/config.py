@@ -174,9 +174,14 @@ def within(name: str, path: str) -> bool:
     return f".{name}." in f".{path}."
 
 
+def fits(pattern: str, path: str) -> bool:
+    """Whether a regular expression of `rank_pattern` matches the end of a path."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if fits(pattern, path):
             return value
     return default
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,6 +16,16 @@ from fourbit.lora.config import scaling
 from fourbit.quantized import QuantizedTensor
 
 InitLora: TypeAlias = bool | Literal["default", "gaussian"]
+
+
+@dataclass(frozen=True)
+class DenseOriginal:
+    """A dense weight out of use, wrapped, or ``nn.Module`` would take it for one in use.
+
+    It is the parameter itself and not its data: it may be tied to an embedding's.
+    """
+
+    weight: Tensor
 
 
 class LoraLinear(nn.Module):
@@ -82,7 +93,7 @@ class LoraLinear(nn.Module):
         self.lora_A = _empty_linear(self.in_features, r, base_layer.weight.device, dtype)
         self.lora_B = _empty_linear(r, self.out_features, base_layer.weight.device, dtype)
         self.register_parameter("lora_magnitude_vector", None)
-        self._original: QuantizedTensor | Tensor | None = None
+        self._original: QuantizedTensor | DenseOriginal | None = None
         self._norm_cache: tuple[tuple[Any, ...], Tensor] | None = None
         self.reset_lora_parameters(init_lora_weights, generator=generator)
         if use_dora:
@@ -221,7 +232,13 @@ def base_weight(base: nn.Linear) -> Tensor:
 
     Raises:
         TypeError: for a weight in another library's format.
+        ValueError: for a weight that is sharded over processes.
     """
+    if hasattr(base.weight, "to_local"):
+        raise ValueError(
+            "the weight is sharded over processes (FSDP2); save the adapter with "
+            "fourbit.save_adapter, and merge it in one process"
+        )
     if isinstance(base, Linear4bit):
         return ops.dequantize(
             base.weight,
@@ -249,7 +266,8 @@ def original_weight(module: LoraLinear) -> Tensor:
     if isinstance(original, QuantizedTensor):
         weight: Tensor = original.dequantize(torch.float32)
         return weight.to(module.lora_A.weight.device)
-    return original.to(module.lora_A.weight.device, torch.float32, copy=True)
+    dense = original.weight.detach()
+    return dense.to(module.lora_A.weight.device, torch.float32, copy=True)
 
 
 def direction_weight(module: LoraLinear) -> Tensor:

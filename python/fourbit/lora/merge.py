@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fourbit._core import NonFiniteError
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import lora_modules
-from fourbit.lora.layer import LoraLinear, base_weight, merged_weight
+from fourbit.lora.layer import DenseOriginal, LoraLinear, base_weight, merged_weight
 from fourbit.lora.loftq import requantize
 from fourbit.quantized import QuantizedTensor
 
@@ -65,7 +65,9 @@ def merge(model: nn.Module) -> MergeReport:
     The sum is made in float32. A dense weight is rounded to its dtype; a 4-bit one is quantized
     again in its own format, which loses part of a small change: the report says how much. To keep
     all of it, use ``fourbit.export_merged``. The weights before the merge stay in memory until
-    `unmerge` or `remove_lora`, and modules of `modules_to_save` are in place already.
+    `unmerge` or `remove_lora`, and modules of `modules_to_save` are in place already. A state dict
+    taken meanwhile holds merged weights beside the adapter; `fourbit.save_adapter` writes the
+    adapter alone.
 
     Returns:
         What became of every layer.
@@ -136,16 +138,19 @@ def _unmerge_layer(layer: LoraLinear) -> None:
     device = base.weight.device
     if isinstance(original, QuantizedTensor) and isinstance(base, Linear4bit):
         base.set_quantized(original.to(device))
-    elif isinstance(original, Tensor):
-        base.weight = nn.Parameter(original.to(device), requires_grad=False)
+    elif isinstance(original, DenseOriginal):
+        weight = original.weight
+        if weight.device != device:
+            weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
+        base.weight = weight
     layer._original = None
 
 
-def _stored(base: nn.Linear) -> QuantizedTensor | Tensor:
-    return base.quantized() if isinstance(base, Linear4bit) else base.weight.detach()
+def _stored(base: nn.Linear) -> QuantizedTensor | DenseOriginal:
+    return base.quantized() if isinstance(base, Linear4bit) else DenseOriginal(base.weight)
 
 
-def _store(base: nn.Linear, weight: Tensor, original: QuantizedTensor | Tensor) -> None:
+def _store(base: nn.Linear, weight: Tensor, original: QuantizedTensor | DenseOriginal) -> None:
     # New parameters, so that the old memory stays as it is for the way back.
     if isinstance(base, Linear4bit) and isinstance(original, QuantizedTensor):
         base.set_quantized(requantize(weight, original))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fourbit.lora.config import TargetRule, named
+from fourbit.lora.config import TargetRule, fits, named
 
 ALL_LINEAR = "all-linear"
 
@@ -96,6 +96,20 @@ def check_each_name_matches(targets: str | Sequence[str], found: Iterable[str]) 
             raise ValueError(
                 f"target_modules names {name!r}, which matches no linear layer of this model"
             )
+
+
+def check_each_pattern_matches(
+    option: str, patterns: Iterable[str], targets: Iterable[str]
+) -> None:
+    """Refuse a pattern for single layers that fits none of the targets.
+
+    Raises:
+        ValueError: naming it.
+    """
+    paths = list(targets)
+    for pattern in patterns:
+        if not any(fits(pattern, path) for path in paths):
+            raise ValueError(f"{option} has {pattern!r}, which matches no layer with an adapter")
 
 
 def shortest_names(targets: Iterable[str], model: nn.Module) -> str | tuple[str, ...]:

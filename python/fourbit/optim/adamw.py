@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
@@ -333,6 +334,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must have one")
     for name in ("lr", "eps", "weight_decay"):
+        # YAML reads 1e-3 as a string, which schedulers would stumble over later.
+        if not isinstance(options[name], Real | Tensor):
+            raise ValueError(f"{name} is {options[name]!r}; it must be a number")
         if not 0 <= float(options[name]) < math.inf:
             raise ValueError(f"{name} is {options[name]}; it must be finite and not negative")
     if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
@@ -341,3 +345,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"state_bits is {options['state_bits']!r}; use 8 or 32")
     if options.get("amsgrad"):
         raise ValueError("amsgrad is not supported; make the optimizer without it")
+    # torch.optim.Adam, whose state is AdamW's, says here that its decay goes through the gradient.
+    if options.get("decoupled_weight_decay") is False and float(options["weight_decay"]):
+        raise ValueError("the weight decay is Adam's and not AdamW's; set it to 0 or use AdamW")
