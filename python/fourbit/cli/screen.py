@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 # What the table of `inspect` needs to show a part of every column.
-_TABLE_WIDTH = 110
+_TABLE_WIDTH = 140
 
 
 def say(text: str) -> None:
