@@ -32,6 +32,7 @@ _FIELDS: dict[Kind, tuple[str, ...]] = {
 # What chat templates read beside the messages.
 _EXTRA_FIELDS = ("tools", "chat_template_kwargs")
 _FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".arrow"}
+_TABLE_SUFFIXES = {".csv", ".tsv", ".parquet", ".arrow"}
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -127,6 +128,11 @@ def _from_dataset(dataset: Any, source: str) -> TrainingData:
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     """The records of a JSONL file or of a JSON array, each with where it stands."""
+    if path.suffix.lower() in _TABLE_SUFFIXES:
+        raise DataError(
+            f"{path} is not JSON Lines; put it into a folder of its own and give that folder: "
+            "datasets reads it"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -141,6 +147,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
             records = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: {_beyond_limits(error)}") from error
         for index, record in enumerate(records):
             yield f"example {index + 1}", record
         return
@@ -152,6 +160,15 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: {_beyond_limits(error)}") from error
+
+
+def _beyond_limits(error: ValueError | RecursionError) -> str:
+    """What Python's reader will not take although JSON has no limit."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    return "a number has too many digits"
 
 
 def _load_with_datasets(source: str, path: Path) -> Any:
@@ -214,7 +231,13 @@ class _Checker:
             if record.get(name) is not None
         }
         canonical = json.dumps(example, sort_keys=True, ensure_ascii=False, default=str)
-        self.hash.update(canonical.encode("utf-8", "surrogatepass") + b"\n")
+        try:
+            self.hash.update(canonical.encode() + b"\n")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(canonical[error.start]):04x}"
+            raise self._error(
+                where, f"{half}, half of a character without its other half", verb="has"
+            ) from error
         return example
 
     def finish(self) -> tuple[Kind, bool]:
@@ -327,7 +350,7 @@ def resolve_loss(
         tokenizer: a transformers tokenizer.
         tokenizer_name: the folder it came from, for messages.
         assistant_only: for messages, whether to learn the assistant's turns only; None does so if
-            the chat template marks them (``{% generation %}``).
+            the chat template marks them (``{% generation %}``), or is one that TRL can mark.
         completion_only: for prompts, whether to learn the completion only; None means yes.
 
     Raises:
@@ -357,14 +380,58 @@ def resolve_loss(
         raise DataError("--assistant-only and --completion-only exclude each other")
     if data.kind == "prompt" and not assistant_only:
         return "all" if completion_only is False else "completion"
-    if data.kind == "messages" and assistant_only is None:
-        return "assistant" if _marks_assistant(template) else "all"
-    return "assistant" if assistant_only else "all"
+    if assistant_only is False or not data.conversational:
+        return "all"
+    if _marks_assistant(tokenizer):
+        return "assistant"
+    if assistant_only:
+        raise DataError(
+            f"--assistant-only: the chat template of the tokenizer in {tokenizer_name} does not "
+            "mark the assistant's turns; put {% generation %} ... {% endgeneration %} around "
+            "them in a copy of it, and give that with --chat-template FILE"
+        )
+    return "all"
 
 
-def _marks_assistant(template: str | Mapping[str, str]) -> bool:
+def _marks_assistant(tokenizer: Any) -> bool:
+    """Whether the assistant's turns can be told from the rest of a rendered conversation."""
+    template = tokenizer.chat_template
     text = template if isinstance(template, str) else template.get("default", "")
-    return _GENERATION_MARKER.search(text) is not None
+    if _GENERATION_MARKER.search(text):
+        return True
+    # TRL has marked copies of the templates of well-known models, and uses them by itself.
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer) is not None
+    except ValueError:  # none of those
+        return False
+
+
+def check_template(data: TrainingData, tokenizer: Any, *, tokenizer_name: str) -> None:
+    """Render every conversation once, so that one the template refuses is named.
+
+    Raises:
+        DataError: naming the first example that the chat template cannot render.
+    """
+    if not data.conversational:
+        return
+    for index, row in enumerate(data.dataset):
+        messages = [message for field in _FIELDS[data.kind] for message in row[field]]
+        tools = row.get("tools")
+        try:
+            tokenizer.apply_chat_template(
+                messages,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                tokenize=False,
+                **(row.get("chat_template_kwargs") or {}),
+            )
+        except Exception as error:  # templates are programs: whatever they raise
+            empty = " (those left out not counted)" if data.left_out else ""
+            raise DataError(
+                f"{data.source}, example {index + 1}{empty}: the chat template of the tokenizer in "
+                f"{tokenizer_name} cannot render it: {' '.join(str(error).split())}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -391,6 +458,7 @@ def check_tokens(
     *,
     embedding_rows: int,
     max_length: int,
+    context: int | None = None,
     packing: bool = False,
 ) -> TokenCounts:
     """Check what the model will see, after tokenizing, masking and cutting.
@@ -401,17 +469,19 @@ def check_tokens(
         tokenizer: the tokenizer that made them.
         embedding_rows: tokens the model has embeddings for.
         max_length: where sequences are cut, in tokens.
+        context: the longest sequence that the model was made for, in tokens, where known.
         packing: whether several examples share a sequence.
 
     Raises:
         DataError: if no token is left to learn, or a token has no embedding.
     """
-    examples = tokens = learned = cut = ends = 0
+    examples = tokens = learned = cut = ends = longest = 0
     largest = tokenizer.pad_token_id or 0
     for row in tokenized:
         ids, labels = row["input_ids"], row["labels"]
         examples += 1
         tokens += len(ids)
+        longest = max(longest, len(ids))
         # The first label of a sequence has nothing before it to be predicted from.
         learned += sum(label != -100 for label in labels[1:])
         ends += sum(label == tokenizer.eos_token_id for label in labels)
@@ -430,7 +500,8 @@ def check_tokens(
         )
     notes = []
     if data.left_out:
-        notes.append(f"{data.left_out} of {len(data) + data.left_out} examples are empty: left out")
+        what = "have no assistant's answer" if data.kind == "messages" else "are empty"
+        notes.append(f"{data.left_out} of {len(data) + data.left_out} examples {what}: left out")
     if not packing:
         masked = len(data) - examples
         if masked:
@@ -440,6 +511,11 @@ def check_tokens(
             )
         if cut:
             notes.append(f"{cut} of {examples} examples reach --max-length {max_length}: cut there")
+    if context is not None and longest > context:
+        notes.append(
+            f"the longest sequence has {longest} tokens, but the model was made for {context}: "
+            f"--max-length {context} cuts there"
+        )
     if ends == 0:
         notes.append(
             f"no example teaches the end token {tokenizer.eos_token!r}, so the model will not "

@@ -117,6 +117,11 @@ def _encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]], chat: bool |
     """Token ids [1, length] of a prompt."""
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError("the prompt is empty")
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the prompt is not UTF-8 text") from None
     as_chat = not isinstance(prompt, str) or (
         bool(tokenizer.chat_template) if chat is None else chat
     )

@@ -67,6 +67,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         FileNotFoundError: if the folder has none.
+        ValueError: if it is broken.
     """
     from transformers import AutoTokenizer
 
@@ -75,7 +76,12 @@ def load_tokenizer(folder: Path) -> Any:
         for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     ):
         raise FileNotFoundError(f"{folder} holds no tokenizer")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 def holds_tokenizer(folder: Path) -> bool:

@@ -128,8 +128,8 @@ def test_one_sentence_errors(plain_folder: Path, four_bit_folder: Path, tmp_path
     assert str(tmp_path / "no") in refused("convert", tmp_path / "no", out)
     assert "only" in refused("convert", plain_folder, out, "--only", "nothing*")
     assert "quantized already" in refused("convert", four_bit_folder, out)
-    assert "block" in refused("convert", plain_folder, out, "--block-size", 33)
     assert str(tmp_path / "no") in refused("inspect", tmp_path / "no")
+    assert "os error" not in refused("convert", tmp_path / "no", out)
     assert "there is no model folder" in refused("generate", "--model", "no", "-p", "a")
     assert "the prompt is empty" in refused("generate", "--model", plain_folder, "-p", " ")
     adapter = ("--adapter", tmp_path / "no", "--output", out)
@@ -139,6 +139,13 @@ def test_one_sentence_errors(plain_folder: Path, four_bit_folder: Path, tmp_path
     assert str(tmp_path / "no") in refused("merge", "--model", four_bit_folder, *adapter)
     training = ("finetune", "--model", four_bit_folder, "--output", out)
     assert "no data file" in refused(*training, "--data", "no.jsonl")
+    used = ("finetune", "--model", four_bit_folder, "--output", four_bit_folder)
+    assert "is not empty" in refused(*used, "--data", FAQ)
+    broken = shutil.copytree(four_bit_folder, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{")
+    assert f"the tokenizer in {broken} cannot be read" in refused(
+        "generate", "--model", broken, "-p", "a"
+    )
     assert "holds no run to resume" in refused(*training, "--data", FAQ, "--resume")
     missing = tmp_path / "no.jinja"
     assert f"{missing}: No such file" in refused(
@@ -154,10 +161,39 @@ def test_wrong_command_lines() -> None:
     options = ("finetune", "--model", "m", "--data", "d", "--output", "o")
     assert "No such option" in refused(*options, "--rank", 3, code=2)
     assert "lora_dropout is 2.0" in refused(*options, "--lora-dropout", 2, code=2)
+    for option, value in (
+        *(("--block-size", 33), ("--threads", 0), ("--chunk-size", 1), ("--max-shard-size", -1)),
+    ):
+        assert option in refused("convert", "a", "b", option, value, code=2)
+    for option, value in (("--max-new-tokens", 0), ("--temperature", -1), ("--top-p", 2)):
+        assert option in refused("generate", "--model", "m", "-p", "a", option, value, code=2)
     assert "not one of 8, 32" in refused(*options, "--optimizer-bits", 4, code=2)
     bare = call()
     assert (bare.exit_code, bare.stdout) == (2, "")
     assert "Usage: fourbit" in bare.stderr
+
+
+def test_json_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --json a program can parse stdout whatever happens; people still read stderr."""
+
+    def error(*arguments: object, code: int) -> str:
+        result = call(*arguments, "--json")
+        assert result.exit_code == code
+        value = json.loads(result.stdout)
+        assert list(value) == ["error"]
+        assert value["error"] in result.stderr
+        return str(value["error"])
+
+    missing = tmp_path / "no"
+    assert str(missing) in error("verify", missing, code=1)
+    assert "Missing argument" in error("verify", code=2)
+    assert "No such option" in error("inspect", missing, "--frob", code=2)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fourbit.checkpoint.verify", interrupt)
+    assert error("verify", missing, code=130) == "interrupted"
 
 
 def test_version() -> None:
@@ -207,6 +243,46 @@ def test_the_command_line_libraries_are_asked_for() -> None:
     )
 
 
+@pytest.mark.parametrize("package", ["accelerate", "transformers"])
+def test_missing_packages_are_asked_for(package: str, four_bit_folder: Path) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None\n" + MAIN
+    command = program("generate", "--model", four_bit_folder, "-p", "a", code=code)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("fourbit generate: error: ")
+    assert package in line
+    assert "pip install" in line
+    assert "fault" not in line
+    assert f"{package}." not in line
+
+
+def test_an_interrupt_while_the_program_starts() -> None:
+    code = (
+        "import sys, builtins\n"
+        "real = builtins.__import__\n"
+        "def fake(name, *rest, **named):\n"
+        "    if name == 'fourbit.cli.app': raise KeyboardInterrupt\n"
+        "    return real(name, *rest, **named)\n"
+        "builtins.__import__ = fake\n"
+    ) + MAIN
+    result = subprocess.run(program("--help", code=code), capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_interrupted_answer_ends_its_line(
+    monkeypatch: pytest.MonkeyPatch, four_bit_folder: Path
+) -> None:
+    def interrupted(*_: object, stream: Any, **__: object) -> None:
+        stream("An answer that")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fourbit.generation.generate", interrupted)
+    result = call("generate", "--model", four_bit_folder, "-p", "a")
+    assert (result.exit_code, result.stdout) == (130, "An answer that\n")
+    assert result.stderr == "interrupted\n"
+
+
 # --- progress and units -------------------------------------------------------------------------
 
 
@@ -233,6 +309,26 @@ def test_progress_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture
         "reading:  75%, 15.0 KiB of 20.0 KiB, 1.0 KiB/s, 5.0 s left (tensor)",
         "reading: 100%, 20.0 KiB of 20.0 KiB, 1.0 KiB/s",
     ]
+
+
+def test_the_last_line_of_progress_is_written_once(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    with meter(clock) as shown:
+        for second, done in enumerate((0, 1024, 1024, 1024)):
+            clock[0] = float(second)
+            shown.update(done, 1024)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["reading:   0%", "reading: 100%"]
+
+
+def test_tables_keep_their_columns_in_narrow_terminals(
+    monkeypatch: pytest.MonkeyPatch, four_bit_folder: Path
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = call("inspect", four_bit_folder).stdout
+    assert "model.embed_tokens" in shown
+    assert "blocks of 64" in shown
 
 
 def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +392,7 @@ def test_finetune_generate_merge(
     out, rest = process.communicate(timeout=120)
     heard += rest.splitlines(keepends=True)
     assert process.returncode == 130, "".join(heard)
-    assert out == ""
+    assert json.loads(out)["error"].startswith("interrupted; step ")
     assert heard[-1].startswith("interrupted; step ")
     assert heard[-1].endswith("is saved; run the same command with --resume to go on\n")
     assert not (adapter / "adapter_model.safetensors").exists()
@@ -334,6 +430,20 @@ def test_prompts_from_stdin(plain_folder: Path) -> None:
     assert json.loads(asked.stdout)["prompt"] == "What is NF4?"
     raw = call("generate", *options, "-p", "What is NF4?", "--raw")
     assert json.loads(raw.stdout)["answer"] != json.loads(asked.stdout)["answer"]
+
+
+def test_the_adapter_goes_beside_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Path] = []
+
+    def seen(model: Path, data: str, output: Path, **_: object) -> None:
+        asked.append(output)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fourbit.finetuning.finetune", seen)
+    monkeypatch.chdir(tmp_path)
+    for model in ("models/llama-4bit/", "."):
+        assert "enough" in refused("finetune", "--model", model, "--data", FAQ)
+    assert asked == [Path("models/llama-4bit-adapter"), Path(f"{tmp_path}-adapter")]
 
 
 def test_finetune_summary(four_bit_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 import datasets
 import pytest
 
-from fourbit.data import DataError, check_tokens, load_training_data, resolve_loss
+from fourbit.data import (
+    DataError,
+    check_template,
+    check_tokens,
+    load_training_data,
+    resolve_loss,
+)
 
 CHAT = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
 PROMPT = {"prompt": "a?", "completion": "b"}
@@ -24,6 +30,9 @@ class Tokenizer:
     eos_token_id: int | None = 2
     pad_token_id: int | None = 2
     chat_template: Any = "{% generation %}{{ messages }}{% endgeneration %}"
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        return str(messages)
 
     def convert_ids_to_tokens(self, token: int) -> str:
         return f"t{token}"
@@ -105,6 +114,10 @@ def test_fingerprint_knows_order_and_content() -> None:
         (b"\x80\x81", r"data.jsonl is not UTF-8 text \(byte 0\)"),
         (lines(TEXT) + "{broken", r"data.jsonl, line 2: not valid JSON"),
         ('[{"text": "a"},\n oops]', r"data.jsonl, line 2: not valid JSON"),
+        (lines(TEXT) + '{"text": ' + "1" * 5000 + "}", r"line 2: a number has too many digits"),
+        (lines(TEXT) + '{"a":' * 200_000, r"data.jsonl, line 2: it is nested too deep"),
+        ("[" * 200_000, r"data.jsonl: it is nested too deep"),
+        (lines(TEXT, {"text": "a \ud83d b"}), r"line 2 has \\ud83d, half of a character"),
         ("[]", r"data.jsonl holds no example"),
         (lines(TEXT, "words"), r"data.jsonl, line 2: an example is a JSON object, not a string"),
         (lines(TEXT, {"body": "x"}), r"line 2 has none of `messages`.*\(it has body\)"),
@@ -153,6 +166,9 @@ def test_empty_examples_are_left_out_and_counted(tmp_path: Path) -> None:
     row = {"input_ids": [1, 2], "labels": [1, 2]}
     counts = check_tokens([row], data, Tokenizer(), embedding_rows=3, max_length=9)
     assert counts.notes == ("1 of 2 examples are empty: left out",)
+    data = load_training_data([CHAT, {"messages": CHAT["messages"][:1]}])
+    counts = check_tokens([row], data, Tokenizer(), embedding_rows=3, max_length=9)
+    assert counts.notes == ("1 of 2 examples have no assistant's answer: left out",)
 
 
 def choose(example: dict[str, Any], tokenizer: Tokenizer, **choices: bool | None) -> str:
@@ -169,7 +185,40 @@ def test_what_is_learned() -> None:
     assert choose(CHAT, Tokenizer()) == "assistant"
     assert choose(CHAT, Tokenizer(), assistant_only=False) == "all"
     assert choose(CHAT, plain) == "all"
-    assert choose(CHAT, plain, assistant_only=True) == "assistant"
+    with pytest.raises(DataError, match="template of the tokenizer in base/ does not mark"):
+        choose(CHAT, plain, assistant_only=True)
+
+
+def test_templates_that_trl_knows_are_marked() -> None:
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    known = Tokenizer()
+    known.chat_template = qwen2_5_chat_template
+    assert "generation %}" not in qwen2_5_chat_template
+    assert choose(CHAT, known) == "assistant"
+    assert choose(CHAT, known, assistant_only=False) == "all"
+
+
+def test_an_example_that_the_template_refuses_is_named() -> None:
+    class Strict(Tokenizer):
+        def apply_chat_template(self, messages: Any, **options: Any) -> str:
+            if messages[0]["role"] == "system":
+                raise ValueError("no\nsystem")
+            return ""
+
+    odd = {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]}
+    check_template(load_training_data([CHAT]), Strict(), tokenizer_name="base/")
+    check_template(load_training_data([TEXT]), Strict(), tokenizer_name="base/")
+    sentence = r"the data, example 2: the chat template .* in base/ cannot render it: no system$"
+    with pytest.raises(DataError, match=sentence):
+        check_template(load_training_data([CHAT, odd]), Strict(), tokenizer_name="base/")
+
+
+def test_tables_are_sent_to_datasets(tmp_path: Path) -> None:
+    table = written(tmp_path, "text\none\ntwo\n", "data.csv")
+    with pytest.raises(DataError, match=r"data\.csv is not JSON Lines; put it into a folder"):
+        load_training_data(table)
+    assert load_training_data(tmp_path).dataset["text"][:] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +270,15 @@ def test_no_token_to_learn_is_refused() -> None:
 def test_a_token_without_embedding_is_refused() -> None:
     with pytest.raises(DataError, match=r"token 10 \('t10'\) has no row .* embedding of 10"):
         check([{"input_ids": [5, 10], "labels": [5, 10]}])
+
+
+def test_sequences_beyond_the_model_are_noted() -> None:
+    rows = [{"input_ids": [5, 6, 7, 2], "labels": [5, 6, 7, 2]}] * 3
+    assert check(rows, max_length=9, context=4).notes == ()
+    assert check(rows, max_length=9, context=3).notes == (
+        "the longest sequence has 4 tokens, but the model was made for 3: --max-length 3 cuts "
+        "there",
+    )
 
 
 def test_an_end_token_that_is_never_learned_is_noted() -> None:

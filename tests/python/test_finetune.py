@@ -166,6 +166,7 @@ def test_a_resumed_run_is_the_same_run(
         fourbit.finetune(other, FAQ, output, resume=True)
     with pytest.raises(ValueError, match="complete at step 6; raise epochs or max_steps"):
         fourbit.finetune(four_bit_folder, FAQ, output, resume=True)
+    assert read_record(output) == read_record(finished[0])
     longer = fourbit.finetune(four_bit_folder, FAQ, output, resume=True, max_steps=7)
     assert (longer.resumed_from, longer.steps) == (6, 7)
 
@@ -177,6 +178,54 @@ def test_a_run_is_never_overwritten(
         run(four_bit_folder, finished[0])
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         run(four_bit_folder, tmp_path / "empty", resume=True)
+
+
+def test_nothing_is_written_into_a_folder_in_use(four_bit_folder: Path, tmp_path: Path) -> None:
+    """The model's own folder, for one, would have its tokenizer written over."""
+    model = shutil.copytree(four_bit_folder, tmp_path / "model")
+    with pytest.raises(FileExistsError, match="model is not empty; give a new or empty folder"):
+        run(model, model)
+    fourbit.verify(model)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file is a file"):
+        run(model, tmp_path / "file")
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    finished: tuple[Path, FinetuneReport], tmp_path: Path
+) -> None:
+    output = shutil.copytree(finished[0], tmp_path / "copy")
+    newest = latest_checkpoint(output)
+    assert newest is not None
+    assert newest.name == "checkpoint-6"
+    state = newest / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    assert latest_checkpoint(output) == output / "checkpoint-3"
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on(
+    finished: tuple[Path, FinetuneReport],
+    four_bit_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save, saved = torch.save, []
+
+    def full(value: Any, *arguments: Any, **options: Any) -> None:
+        saved.append(value)
+        if len(saved) > 3:  # optimizer, schedule and random state of the first checkpoint
+            raise RuntimeError("unexpected pos 704640 vs 704528")
+        save(value, *arguments, **options)
+
+    output = tmp_path / "run"
+    monkeypatch.setattr(torch, "save", full)
+    sentence = r"checkpoint of step 6 cannot be written to .*run \(unexpected pos .* MiB are free"
+    with pytest.raises(OSError, match=sentence):
+        run(four_bit_folder, output)
+    monkeypatch.undo()
+    resumed = fourbit.finetune(four_bit_folder, FAQ, output, resume=True)
+    assert resumed.resumed_from == 3
+    assert adapter_bytes(output) == adapter_bytes(finished[0])
 
 
 def labels(model: Path, output: Path, data: Any, **options: Any) -> list[dict[str, Any]]:
@@ -291,6 +340,9 @@ def test_tokenizers_that_do_not_fit_are_refused(four_bit_folder: Path, tmp_path:
     assert "has no end token" in refused(model, output, [{"text": "one"}])
 
     path.write_text(json.dumps(config))
+    system = [{"messages": [{"role": "system", "content": "x"}, *CHAT]}]
+    assert "example 1: the chat template" in refused(model, output, system)
+
     (model / "chat_template.jinja").unlink()
     message = refused(model, output, [{"messages": CHAT}])
     assert "no chat template; give one with --chat-template" in message
@@ -306,14 +358,17 @@ def test_a_chat_template_can_be_given(four_bit_folder: Path, tmp_path: Path) -> 
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
     output = tmp_path / "run"
+    notes: list[str] = []
     report = run(
         four_bit_folder,
         output,
         data=[{"messages": CHAT}] * 4,
         chat_template=str(template),
         max_steps=1,
+        note=notes.append,
     )
     assert report.loss_on == "all"
+    assert any("does not mark the assistant's turns" in note for note in notes)
     saved = transformers.AutoTokenizer.from_pretrained(output)
     assert saved.chat_template == template.read_text()
 
@@ -394,6 +449,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run(four_bit_folder: Path, tmp_pat
         ({"r": 0}, "r is 0; it must be at least 1"),
         ({"lr": 0.0}, r"lr is 0\.0; it must be above 0"),
         ({"lr": float("nan")}, "lr is nan; it must be above 0"),
+        ({"lr": float("inf")}, "lr is inf; it must be above 0 and finite"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1\.0; it must be at least 0"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"dtype": "int8"}, "dtype is 'int8'; use one of auto"),
         ({"optimizer_bits": 4}, "optimizer_bits is 4; use 8 or 32"),
     ],

@@ -108,6 +108,7 @@ def test_an_adapter_brings_its_tokenizer(
         ("", {}, "the prompt is empty"),
         (" \n", {}, "the prompt is empty"),
         ([], {}, "the prompt is empty"),
+        ("x\udcff", {}, "the prompt is not UTF-8 text"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ("a", {"temperature": -1.0}, r"temperature is -1\.0"),
         ("a", {"temperature": float("nan")}, "temperature is nan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from fourbit.cli.common import TRACEBACK_VARIABLE, Interrupted, debugging
 class _Commands(TyperGroup):
     """All commands; what they raise becomes one sentence and an exit code."""
 
+    _json = False
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
@@ -25,6 +28,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as error:
             hint = f"; {error}" if isinstance(error, Interrupted) else ""
             typer.echo(f"interrupted{hint}", err=True)
+            self._say_json(f"interrupted{hint}")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # The reader of stdout has gone, as `head` does; the interpreter must not flush again.
@@ -38,6 +42,7 @@ class _Commands(TyperGroup):
             if debugging():
                 traceback.print_exc()
             screen.error(_sentence(error), _name(ctx))
+            self._say_json(_sentence(error))
             raise typer.Exit(1) from None
 
     def main(
@@ -50,6 +55,8 @@ class _Commands(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Parse the command line and run."""
+        # The command line itself may be what is wrong.
+        self._json = "--json" in (sys.argv[1:] if args is None else args)
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except typer.Abort:
@@ -59,11 +66,17 @@ class _Commands(TyperGroup):
             if message is None:
                 raise
             name = _name(getattr(error, "ctx", None))
-            screen.error(f"{message().rstrip('.')}; see `{name} --help`", name)
+            sentence = f"{message().rstrip('.')}; see `{name} --help`"
+            screen.error(sentence, name)
+            self._say_json(sentence)
             code = int(getattr(error, "exit_code", 2))
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
+
+    def _say_json(self, sentence: str) -> None:
+        if self._json:
+            screen.say_json({"error": sentence})
 
 
 def _name(ctx: Any) -> str:
@@ -75,12 +88,18 @@ def _name(ctx: Any) -> str:
 
 def _sentence(error: Exception) -> str:
     """One line that says what happened."""
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}"
-    text = " ".join(str(error).split())
-    if isinstance(error, ImportError) and error.name and not text.count("pip install"):
-        return f'{error.name} is not installed; install it with: pip install "fourbit[all]"'
+        text = f"{where}{error.strerror}"
+    # Rust ends the system's messages with their number.
+    text = re.sub(r" \(os error \d+\)", "", " ".join(text.split()))
+    if isinstance(error, ImportError):
+        if "pip install" in text:
+            return text
+        if error.name:
+            package = error.name.partition(".")[0]
+            return f'{package} is not installed; install it with: pip install "fourbit[all]"'
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory; try a smaller --batch-size or --max-length, or fewer --threads" + (
             f" ({text})" if text else ""

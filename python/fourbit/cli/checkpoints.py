@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fourbit.checkpoint import ConversionReport
 
 Folder = Annotated[Path, typer.Argument(show_default=False, help="A model folder.")]
+_BLOCK_SIZES = [1 << power for power in range(5, 13)]
 
 
 def convert(
@@ -33,7 +34,11 @@ def convert(
         str, typer.Option(help="nf4, fp4 or int4.", callback=one_of("nf4", "fp4", "int4"))
     ] = "nf4",
     block_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64, ... 4096.")
+        int,
+        typer.Option(
+            help="Weights that share a scale: 32, 64, 128, ... 4096.",
+            callback=one_of(*_BLOCK_SIZES),
+        ),
     ] = 64,
     double_quant: Annotated[
         bool, typer.Option(help="Quantize the scales too: 4.127 bits a weight in place of 4.5.")
@@ -48,14 +53,13 @@ def convert(
         list[str] | None,
         typer.Option(show_default=False, help="Glob of tensors to leave as they are. Repeatable."),
     ] = None,
-    max_shard_size: Annotated[
-        int | None, typer.Option(show_default="2048", help="Largest output file, in MiB.")
-    ] = None,
+    max_shard_size: Annotated[int, typer.Option(min=1, help="Largest output file, in MiB.")] = 2048,
     chunk_size: Annotated[
-        int | None, typer.Option(show_default="64", help="Memory for data a thread, in MiB.")
-    ] = None,
+        int, typer.Option(min=2, help="Memory for data in flight, in MiB a thread.")
+    ] = 64,
     threads: Annotated[
-        int | None, typer.Option(show_default="all cores", help="Threads that quantize.")
+        int | None,
+        typer.Option(min=1, show_default="as many as torch uses", help="Threads that quantize."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -66,10 +70,6 @@ def convert(
     """
     from fourbit import checkpoint
 
-    limits = {
-        "max_shard_bytes": max_shard_size,
-        "chunk_bytes": chunk_size,
-    }
     with Meter("converting", amount=screen.size, rate=lambda r: f"{screen.size(r)}/s") as meter:
         try:
             report = checkpoint.convert(
@@ -80,9 +80,10 @@ def convert(
                 double_quant=double_quant,
                 only=only or (),
                 skip=skip or (),
+                max_shard_bytes=max_shard_size << 20,
+                chunk_bytes=chunk_size << 20,
                 threads=threads,
                 progress=meter.update,
-                **{name: mib << 20 for name, mib in limits.items() if mib is not None},
             )
         except KeyboardInterrupt:
             raise Interrupted("run the same command again to go on where it was") from None

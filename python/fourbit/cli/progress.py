@@ -39,7 +39,7 @@ class Meter:
         self._clock = clock
         self._first: tuple[float, float] | None = None
         self._last_line = float("-inf")
-        self._printed = ""
+        self._final: str | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -64,9 +64,12 @@ class Meter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Take the bar away."""
+        """Take the bar away, or write the last line, once."""
         if self._bar is not None:
             self._bar.stop()
+        if self._final is not None:
+            typer.echo(self._final, err=True)
+            self._final = None
 
     def update(self, done: float, total: float, detail: str = "") -> None:
         """Say how far the work is.
@@ -84,12 +87,12 @@ class Meter:
             text = f"{status}  {detail}" if detail else status
             self._bar.update(self._task, completed=done, total=total, status=plain(text))
             return
-        finished = done >= total
-        if now - self._last_line >= _LINE_EVERY or finished:
-            line = f"{self._label}: {status}" + (f" ({detail})" if detail and not finished else "")
-            if line != self._printed:
-                typer.echo(line, err=True)
-            self._last_line, self._printed = now, line
+        if done >= total:
+            # More updates may come, with the last loss: only the last of them is written.
+            self._final = f"{self._label}: {status}"
+        elif now - self._last_line >= _LINE_EVERY:
+            typer.echo(f"{self._label}: {status}" + (f" ({detail})" if detail else ""), err=True)
+            self._last_line = now
 
     def _status(self, now: float, done: float, total: float) -> str:
         assert self._first is not None

@@ -10,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+# What the table of `inspect` needs to show a part of every column.
+_TABLE_WIDTH = 140
+
 
 def say(text: str) -> None:
     """A line of the result, on stdout."""
@@ -37,9 +40,13 @@ def stderr_console() -> Console:
 
 
 def table_console() -> Console:
-    """For tables on stdout; not narrower than they are where it is not a terminal."""
+    """For tables on stdout; not narrower than they are where it is not a terminal.
+
+    In a narrow terminal lines are broken by the terminal: rich would leave out whole columns.
+    """
     console = Console(file=sys.stdout)
-    return console if console.is_terminal else Console(file=sys.stdout, width=160)
+    width = max(console.width, _TABLE_WIDTH) if console.is_terminal else 160
+    return Console(file=sys.stdout, width=width)
 
 
 def plain(text: str) -> str:

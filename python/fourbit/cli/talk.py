@@ -24,14 +24,22 @@ def generate(
     adapter: Annotated[
         Path | None, typer.Option(show_default=False, help="The folder of an adapter.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The answer's greatest length.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The answer's greatest length, in tokens.")
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token each time; above 0 draws.")
+        float, typer.Option(min=0, help="0 takes the likeliest token each time; above 0 draws.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens with this much probability.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Draw from the likeliest tokens that hold this much probability."
+        ),
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(show_default=False, help="Of the draws.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, show_default="another each time", help="Of the draws."),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -50,17 +58,22 @@ def generate(
 
         loaded, tokenizer = load_for_generation(model, adapter=adapter)
         start = time.perf_counter()
-        answer = run(
-            loaded,
-            tokenizer,
-            text,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            chat=chat,
-            stream=None if json else _write,
-        )
+        try:
+            answer = run(
+                loaded,
+                tokenizer,
+                text,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                chat=chat,
+                stream=None if json else _write,
+            )
+        except KeyboardInterrupt:
+            if not json:
+                screen.say("")  # what is said next begins a line
+            raise
     if json:
         seconds = time.perf_counter() - start
         screen.say_json({"prompt": text, "answer": answer, "seconds": seconds})

@@ -36,7 +36,12 @@ def finetune(
             "datasets id, name or name:split.",
         ),
     ],
-    output: Annotated[Path, typer.Option(show_default=False, help="The folder for the adapter.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="MODEL-adapter", help="The folder for the adapter: new or empty."
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the newest checkpoint in the output folder."),
@@ -46,7 +51,7 @@ def finetune(
         float, typer.Option(help="The adapter's output is multiplied by alpha / r.")
     ] = _DEFAULTS.lora_alpha,
     lora_dropout: Annotated[
-        float, typer.Option(help="Dropout on the adapter's input.")
+        float, typer.Option(help="Share of the adapter's input that is dropped.")
     ] = _DEFAULTS.lora_dropout,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, or names of layers with commas between them.")
@@ -65,10 +70,10 @@ def finetune(
         int | None, typer.Option(show_default=False, help="Optimizer steps, in place of epochs.")
     ] = _DEFAULTS.max_steps,
     batch_size: Annotated[
-        int, typer.Option(help="Sequences a forward pass.")
+        int, typer.Option(help="Sequences in a forward pass.")
     ] = _DEFAULTS.batch_size,
     gradient_accumulation: Annotated[
-        int, typer.Option(help="Forward passes an optimizer step.")
+        int, typer.Option(help="Forward passes in an optimizer step.")
     ] = _DEFAULTS.gradient_accumulation,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = _DEFAULTS.lr,
     lr_schedule: Annotated[
@@ -97,7 +102,7 @@ def finetune(
     assistant_only: Annotated[
         bool | None,
         typer.Option(
-            show_default="where the chat template marks them",
+            show_default="where they can be told apart",
             help="Of messages, learn the assistant's turns only.",
         ),
     ] = _DEFAULTS.assistant_only,
@@ -123,12 +128,14 @@ def finetune(
         int, typer.Option(help="Of adapters, dropout and the order of the data.")
     ] = _DEFAULTS.seed,
     logging_steps: Annotated[
-        int, typer.Option(help="Steps between entries of the loss log.")
+        int, typer.Option(help="Optimizer steps between entries of the loss log.")
     ] = _DEFAULTS.logging_steps,
     save_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints.")
+        int, typer.Option(help="Optimizer steps between checkpoints.")
     ] = _DEFAULTS.save_steps,
-    save_limit: Annotated[int, typer.Option(help="Checkpoints kept.")] = _DEFAULTS.save_limit,
+    save_limit: Annotated[
+        int, typer.Option(help="Newest checkpoints kept.")
+    ] = _DEFAULTS.save_limit,
     json: Json = False,
 ) -> None:
     """Train adapters on a 4-bit model (QLoRA).
@@ -139,6 +146,9 @@ def finetune(
     command with --resume then goes on, and ends in the same adapter as without the interruption.
     """
     options = _given(context)
+    if output is None:
+        named = model if model.name not in ("", "..") else model.resolve()
+        output = Path(f"{named}-adapter")
     with quiet_libraries(everything=debugging()):
         # Late: these take seconds to import.
         from fourbit import finetuning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -38,8 +39,8 @@ class FinetuneOptions:
         optimizer_bits: bits of the optimizer's state, 8 or 32.
         max_length: tokens at which a sequence is cut.
         packing: put several examples into one sequence of `max_length`.
-        assistant_only: of messages, learn the assistant's turns only; None does so where the chat
-            template marks them.
+        assistant_only: of messages, learn the assistant's turns only; None does so where they can
+            be told apart: the chat template marks them, or is one that TRL can mark.
         completion_only: of prompts, learn the completion only; None means yes.
         chat_template: a Jinja file to use in place of the tokenizer's template.
         gradient_checkpointing: compute blocks again in the backward pass: slower, far less memory.
@@ -109,8 +110,11 @@ class FinetuneOptions:
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1")
         for name in ("epochs", "lr", "max_grad_norm", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+        for name in ("weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         for name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,13 +17,12 @@ RECORD = "fourbit_run.json"
 _FORMAT = 1
 # What a resumed run may change: none of it bears on the steps that were done.
 _FREE_ON_RESUME = {"epochs", "max_steps", "save_steps", "save_limit"}
+_TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 # What a checkpoint consists of; the trainer writes the last of them last.
 _CHECKPOINT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
+    *_TORCH_FILES,
     "trainer_state.json",
 )
 # What tells one base model from another without reading its weights.
@@ -121,6 +121,9 @@ def steps_of(checkpoint: Path) -> int:
 
 def _is_complete(checkpoint: Path) -> bool:
     if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
+        return False
+    # A zip archive has its directory at its end, which one that was cut off lacks.
+    if not all(zipfile.is_zipfile(checkpoint / name) for name in _TORCH_FILES):
         return False
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

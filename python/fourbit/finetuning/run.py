@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fourbit.data import (
     LossOn,
     TokenCounts,
+    check_template,
     check_tokens,
     load_training_data,
     resolve_loss,
@@ -117,7 +118,7 @@ def finetune(
     Args:
         model: a folder that `convert` wrote, or a loaded model (then give its `tokenizer`).
         data: see `load_training_data`.
-        output: the folder to write; it must not hold another run.
+        output: the folder to write: a new or empty one.
         tokenizer: in place of the model folder's.
         resume: go on from the newest checkpoint in `output`, and end in the same bits as without
             the interruption. Options that are not given are those of the first run; others must
@@ -132,7 +133,8 @@ def finetune(
         DataError: for data or a tokenizer that cannot be trained with; before training starts.
         ValueError: for an option that makes no sense, or that differs from the run to be resumed.
         FileNotFoundError: for a folder that is missing.
-        FileExistsError: if `output` holds a run already and `resume` is False.
+        FileExistsError: if `output` holds anything already and `resume` is False.
+        OSError: if a checkpoint cannot be written; the run can be resumed from the one before.
         FinetuneStoppedError: after `should_stop` said so.
     """
     folder = Path(output)
@@ -152,7 +154,13 @@ def finetune(
         assistant_only=settings.assistant_only,
         completion_only=settings.completion_only,
     )
+    check_template(examples, tokenizer, tokenizer_name=started.model_source)
     say = note or _logger.warning
+    if examples.kind == "messages" and loss_on == "all" and settings.assistant_only is None:
+        say(
+            "the chat template does not mark the assistant's turns, so the users' are learned too; "
+            "put {% generation %} ... {% endgeneration %} around the former to learn only those"
+        )
     checkpoint = latest_checkpoint(folder) if resume else None
     if resume and checkpoint is None:
         say(f"{folder} has no complete checkpoint: starting from the first step")
@@ -161,7 +169,7 @@ def finetune(
     from fourbit.finetuning.trainer import RunCallback, build_trainer
 
     trainable = _with_adapter(model, settings, checkpoint)
-    callback = RunCallback(folder, progress, should_stop)
+    callback = RunCallback(folder, progress, should_stop, begin=lambda: started.write(folder))
     trainer = build_trainer(
         trainable, tokenizer, examples, settings, loss_on, folder, started.model_source, callback
     )
@@ -171,14 +179,19 @@ def finetune(
         tokenizer,
         embedding_rows=trainable.get_input_embeddings().weight.shape[0],
         max_length=settings.max_length,
+        context=getattr(trainable.config.get_text_config(), "max_position_embeddings", None),
         packing=settings.packing,
     )
     for sentence in counts.notes:
         say(sentence)
-    folder.mkdir(parents=True, exist_ok=True)
-    started.write(folder)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A disk that is full, met by a library that does not say where.
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     seconds = time.perf_counter() - start
     if callback.stopped:
         raise FinetuneStoppedError(trainer.state.global_step, folder)
@@ -203,6 +216,11 @@ def _settings(
             f"{folder} holds a run or an adapter already; resume it (--resume), or choose another "
             "folder"
         )
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; give a new or empty folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        # A model folder, for one: its tokenizer would be written over.
+        raise FileExistsError(f"{folder} is not empty; give a new or empty folder")
     return None, FinetuneOptions(**given)
 
 

@@ -1,7 +1,8 @@
 """TRL's SFTTrainer for our own adapters: checkpoints hold the adapter, not the model.
 
 Private parts of transformers (5.0 to 5.23 were read) that are replaced: ``Trainer._save``, which
-would write all weights, and ``Trainer._load_from_checkpoint``, which would look for them.
+would write all weights, ``Trainer._load_from_checkpoint``, which would look for them, and
+``Trainer._save_checkpoint``, whose errors do not say what to do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -66,6 +68,19 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no t
         model = self.accelerator.unwrap_model(self.model)
         save_adapter(model, folder, base_model_name_or_path=self._base_name)
         self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            # torch's writer says "unexpected pos" where the disk is full.
+            folder = Path(self.args.output_dir)
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            free = shutil.disk_usage(folder).free >> 20
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {folder} "
+                f"({reason}; {free} MiB are free there); put that right and resume the run"
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter is on the model already."""
@@ -159,6 +174,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         folder: where ``loss.jsonl`` is written: one JSON object a logged step.
         progress: called after each optimizer step.
         should_stop: asked after each optimizer step; True saves a checkpoint and ends the run.
+        begin: called once it is certain that there are steps to do, before the first of them.
 
     Attributes:
         stopped: whether the run was ended before its last step.
@@ -170,7 +186,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         folder: Path,
         progress: Callable[[StepProgress], None] | None,
         should_stop: Callable[[], bool] | None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
+        self.begin = begin
         self.path = folder / LOSS_LOG
         self.progress = progress
         self.should_stop = should_stop
@@ -188,6 +206,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
                 "epochs or max_steps to go on"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.begin()
         self.path.write_text("".join(map(_line, state.log_history)))
         self._tokens_before = int(state.num_input_tokens_seen)
         self._report(state)
