@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::CheckpointProblem;
+use crate::gpu::GpuProblem;
 
 /// What every fallible function of the crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -146,6 +147,10 @@ pub enum Error {
         /// What happened there.
         source: Box<Error>,
     },
+
+    /// Something about CUDA kernels or the card.
+    #[error("{0}")]
+    Gpu(#[from] GpuProblem),
 
     /// The operating system refused a read, a write or another file operation.
     #[error("{0}")]

@@ -17,6 +17,7 @@
 //! | [`checkpoint`] | the file format: read, write, verify; every file is taken as hostile |
 //! | [`convert`](mod@convert) | a 16-bit checkpoint into a 4-bit one, streamed |
 //! | [`optimizer`] | AdamW on the CPU, its state in 32 bits or blockwise in 8 |
+//! | [`gpu`] | the CUDA kernels: their source, compiled when first used |
 //!
 //! A tensor to 4 bits and back:
 //!
@@ -72,6 +73,7 @@ pub mod convert;
 pub mod double_quant;
 pub mod element;
 pub mod error;
+pub mod gpu;
 pub mod layout;
 pub mod optimizer;
 

@@ -26,6 +26,8 @@ __all__ = [
     "dequantize",
     "dequantize_absmax",
     "kept_module",
+    "kernel_files",
+    "kernel_source",
     "quantize",
     "quantize_absmax",
     "quantized_layout",
@@ -58,6 +60,15 @@ class Codebook:
     def values(self) -> list[float]: ...
 
 def simd_backends() -> list[str]: ...
+def kernel_files() -> list[str]: ...
+def kernel_source(
+    kernel: str,
+    *,
+    dtype: str,
+    block_size: int = 64,
+    codebook: Codebook | None = None,
+    double_quant: bool = False,
+) -> str: ...
 def adamw32_step(
     params: list[Tensor],
     grads: list[Tensor],

@@ -6,6 +6,7 @@
 mod checkpoint;
 mod convert;
 mod errors;
+mod gpu;
 mod optimizer;
 mod quantize;
 mod tensor;
@@ -24,6 +25,8 @@ mod _core {
     use super::convert::{convert, kept_module, small_files};
     #[pymodule_export]
     use super::errors::{CheckpointError, NonFiniteError};
+    #[pymodule_export]
+    use super::gpu::{kernel_files, kernel_source};
     #[pymodule_export]
     use super::optimizer::{adamw8_step, adamw32_step};
     #[pymodule_export]
