@@ -462,6 +462,8 @@ inline bool __any_sync(std::uint32_t mask, bool predicate) {
     return emulator::ballot(mask, predicate) != 0;
 }
 
+inline int __popc(std::uint32_t bits) { return __builtin_popcount(bits); }
+
 // One fiber runs at a time, so plain operations are atomic.
 template <class T> inline T atomicAdd(T* address, T value) {
     return std::exchange(*address, T(*address + value));
@@ -474,6 +476,7 @@ template <class T> inline T atomicMax(T* address, T value) {
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
