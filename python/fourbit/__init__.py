@@ -29,7 +29,7 @@ and a script that only converts need not wait for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fourbit._core import CheckpointError, NonFiniteError, __version__
+from fourbit._core import CheckpointError, CudaError, NonFiniteError, __version__
 
 if TYPE_CHECKING:
     from fourbit.checkpoint import convert, inspect, verify
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "Codebook",
+    "CudaError",
     "DataError",
     "FinetuneOptions",
     "Linear4bit",

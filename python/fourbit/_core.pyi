@@ -1,7 +1,8 @@
 """The Rust core. Private: everything public is in the modules of ``fourbit``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TypedDict, final
 
 from torch import Tensor
@@ -11,23 +12,32 @@ DEFAULT_CHUNK_BYTES: int
 DEFAULT_MAX_SHARD_BYTES: int
 
 __all__ = [
-    "DEFAULT_CHUNK_BYTES",
-    "DEFAULT_MAX_SHARD_BYTES",
     "CheckpointError",
     "CheckpointReader",
     "CheckpointWriter",
     "Codebook",
+    "CudaError",
+    "CudaProgram",
+    "DEFAULT_CHUNK_BYTES",
+    "DEFAULT_MAX_SHARD_BYTES",
     "NonFiniteError",
     "__version__",
-    "adamw8_step",
     "adamw32_step",
+    "adamw8_step",
     "add_quantization_config",
+    "build_kernel",
+    "compile_kernel",
     "convert",
+    "cuda_devices",
+    "cuda_driver_version",
     "dequantize",
     "dequantize_absmax",
     "kept_module",
-    "kernel_files",
+    "kernel_cache",
+    "kernel_geometry",
+    "kernel_register",
     "kernel_source",
+    "load_nvrtc",
     "quantize",
     "quantize_absmax",
     "quantized_layout",
@@ -38,6 +48,9 @@ __all__ = [
 
 class CheckpointError(ValueError):
     """A checkpoint folder or file is damaged, incomplete or of an unknown format."""
+
+class CudaError(RuntimeError):
+    """A CUDA kernel could not be compiled, loaded or launched; the message says which and why."""
 
 class NonFiniteError(ValueError):
     """A weight to be quantized is NaN or infinite; the message names the element."""
@@ -60,7 +73,9 @@ class Codebook:
     def values(self) -> list[float]: ...
 
 def simd_backends() -> list[str]: ...
-def kernel_files() -> list[str]: ...
+def kernel_register() -> list[
+    tuple[str, list[tuple[str, int]], list[int], list[tuple[str, list[str]]]]
+]: ...
 def kernel_source(
     kernel: str,
     *,
@@ -69,6 +84,51 @@ def kernel_source(
     codebook: Codebook | None = None,
     double_quant: bool = False,
 ) -> str: ...
+def kernel_geometry(
+    file_name: str,
+    kernel: str,
+    arguments: Sequence[int | float],
+    *,
+    capability: int,
+    processors: int,
+) -> tuple[list[int], int, int] | None: ...
+def load_nvrtc(candidates: Sequence[str]) -> tuple[Path, tuple[int, int]]: ...
+def compile_kernel(
+    kernel: str,
+    *,
+    capability: int,
+    dtype: str,
+    block_size: int = 64,
+    codebook: Codebook | None = None,
+    double_quant: bool = False,
+) -> tuple[bytes, str]: ...
+def build_kernel(
+    kernel: str,
+    *,
+    capability: int,
+    dtype: str,
+    block_size: int = 64,
+    codebook: Codebook | None = None,
+    double_quant: bool = False,
+) -> tuple[bytes, bool]: ...
+def kernel_cache() -> tuple[Path, int, int] | None: ...
+def cuda_driver_version() -> tuple[int, int]: ...
+def cuda_devices() -> list[tuple[str, int, int, int]]: ...
+
+@final
+class CudaProgram:
+    def __new__(
+        cls,
+        kernel: str,
+        *,
+        device: int,
+        dtype: str,
+        block_size: int = 64,
+        codebook: Codebook | None = None,
+        double_quant: bool = False,
+    ) -> CudaProgram: ...
+    def launch(self, kernel: str, stream: int, arguments: Sequence[int | float]) -> None: ...
+
 def adamw32_step(
     params: list[Tensor],
     grads: list[Tensor],

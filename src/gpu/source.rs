@@ -22,15 +22,13 @@
 use std::fmt::Write;
 
 use super::GpuProblem;
+use super::kernel::File;
 use crate::codebook::Ties;
 use crate::element::Dtype;
-use crate::{BlockSize, Codebook, Error, Result};
+use crate::{BlockSize, Codebook};
 
 /// What stands before every kernel.
 const COMMON: &str = include_str!("../../cuda/common.cuh");
-
-/// The kernel files, by name.
-const FILES: &[(&str, &str)] = &[];
 
 /// What a kernel is compiled for.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,30 +43,16 @@ pub struct Specialisation {
     pub double_quant: bool,
 }
 
-/// The names of the kernel files.
-#[must_use]
-pub fn names() -> Vec<&'static str> {
-    FILES.iter().map(|&(name, _)| name).collect()
-}
-
 /// The whole source of a kernel file, ready to be compiled without any other file.
-///
-/// # Errors
-/// [`Error::Gpu`] for a name that is not among [`names`].
-pub fn translation_unit(name: &str, specialisation: &Specialisation) -> Result<String> {
-    let Some((_, kernel)) = FILES.iter().find(|(known, _)| *known == name) else {
-        return Err(Error::Gpu(GpuProblem::UnknownKernel {
-            name: name.to_owned(),
-            known: names(),
-        }));
-    };
+#[must_use]
+pub fn translation_unit(file: &File, specialisation: &Specialisation) -> String {
     let mut text = specialisation.definitions();
-    for (file, contents) in [
-        ("common.cuh".to_owned(), COMMON),
-        (format!("{name}.cu"), kernel),
-    ] {
+    let own = format!("{}.cu", file.name);
+    for (name, contents) in [("common.cuh", COMMON), (own.as_str(), file.text)] {
         // Compilers then name the file and its own line.
-        text.push_str(&format!("#line 1 \"cuda/{file}\"\n"));
+        text.push_str("#line 1 \"cuda/");
+        text.push_str(name);
+        text.push_str("\"\n");
         for line in contents.lines() {
             if !matches!(line, "#pragma once" | "#include \"common.cuh\"") {
                 text.push_str(line);
@@ -76,10 +60,18 @@ pub fn translation_unit(name: &str, specialisation: &Specialisation) -> Result<S
             text.push('\n');
         }
     }
-    Ok(text)
+    text
 }
 
 impl Specialisation {
+    /// Checks that a file can be compiled for it, on an architecture given as 10 major + minor.
+    ///
+    /// # Errors
+    /// [`GpuProblem::Unsupported`] where it cannot.
+    pub fn check(&self, file: &File, capability: u32) -> Result<(), GpuProblem> {
+        file.check(self.dtype, capability, self.codebook.code_bits())
+    }
+
     fn definitions(&self) -> String {
         let book = &self.codebook;
         let codes = 1_usize << book.code_bits();
@@ -127,7 +119,8 @@ fn list(numbers: &[f32]) -> String {
 /// A number as a C++ literal of exactly that value.
 fn literal(number: f32) -> String {
     if number.is_nan() {
-        return "__builtin_nanf(\"\")".to_owned();
+        // A constant expression for NVRTC, which has no `__builtin_nanf`, and for C++ compilers.
+        return "__builtin_bit_cast(float, 0x7fc00000)".to_owned();
     }
     let bits = number.to_bits();
     let sign = if number.is_sign_negative() { "-" } else { "" };
@@ -172,17 +165,5 @@ mod tests {
         for map in [Codebook::dynamic_signed(), Codebook::dynamic_unsigned()] {
             assert!(map.code_of_rank().iter().copied().eq(0..=255));
         }
-    }
-
-    #[test]
-    fn an_unknown_kernel_is_named() {
-        let specialisation = Specialisation {
-            dtype: Dtype::Bf16,
-            block_size: BlockSize::DEFAULT,
-            codebook: Codebook::nf4().clone(),
-            double_quant: true,
-        };
-        let error = translation_unit("fft", &specialisation).expect_err("no such kernel");
-        assert!(error.to_string().contains("fft"), "{error}");
     }
 }

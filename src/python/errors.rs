@@ -2,12 +2,14 @@
 
 use pyo3::create_exception;
 use pyo3::exceptions::{
-    PyBlockingIOError, PyFileExistsError, PyKeyboardInterrupt, PyOSError, PyValueError,
+    PyBlockingIOError, PyFileExistsError, PyKeyboardInterrupt, PyOSError, PyRuntimeError,
+    PyValueError,
 };
 use pyo3::prelude::*;
 
 use crate::Error;
 use crate::error::DestinationProblem;
+use crate::gpu::GpuProblem;
 
 /// `errno.ENOSPC`, the same on Linux, macOS and Windows.
 const ENOSPC: i32 = 28;
@@ -23,6 +25,13 @@ create_exception!(
     CheckpointError,
     PyValueError,
     "A checkpoint folder or file is damaged, incomplete or of an unknown format."
+);
+
+create_exception!(
+    fourbit,
+    CudaError,
+    PyRuntimeError,
+    "A CUDA kernel could not be compiled, loaded or launched; the message names it and says why."
 );
 
 /// The Python exception of an error: a class that callers already catch, the whole sentence.
@@ -42,6 +51,10 @@ pub(super) fn to_python(error: &Error) -> PyErr {
         Error::Destination(DestinationProblem::Locked) => PyBlockingIOError::new_err(message),
         Error::Destination(_) => PyFileExistsError::new_err(message),
         Error::NoSpace { .. } => PyOSError::new_err((ENOSPC, message)),
+        Error::Gpu(GpuProblem::UnknownKernel { .. } | GpuProblem::Arguments { .. }) => {
+            PyValueError::new_err(message)
+        }
+        Error::Gpu(_) => CudaError::new_err(message),
         Error::Interrupted => PyKeyboardInterrupt::new_err(message),
         _ => PyValueError::new_err(message),
     }

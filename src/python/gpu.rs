@@ -1,13 +1,42 @@
-//! CUDA kernels for Python.
+//! The register of CUDA kernels for Python: what every build has.
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use pyo3::types::PyFloat;
 
 use super::errors::to_python;
 use super::quantize::Codebook;
 use crate::element::Dtype;
-use crate::gpu::source::{self, Specialisation};
+use crate::gpu::kernel::{Card, File, Value};
+use crate::gpu::kernels::{self, FILES};
+use crate::gpu::source::{Specialisation, translation_unit};
 use crate::{BlockSize, codebook};
+
+/// The kernel files of `cuda/`, by name, each with the dtypes it can be compiled for and the
+/// oldest architecture of each (as 10 major + minor), the widths of codes, and its kernels, each
+/// with its parameters.
+#[pyfunction]
+#[allow(clippy::type_complexity)] // told in full in the stub
+pub(super) fn kernel_register() -> Vec<(
+    &'static str,
+    Vec<(&'static str, u32)>,
+    Vec<u32>,
+    Vec<(&'static str, Vec<&'static str>)>,
+)> {
+    let describe = |file: &File| {
+        let dtypes = file
+            .dtypes
+            .iter()
+            .map(|(dtype, oldest)| (dtype.torch_name(), *oldest));
+        let kernels = file.kernels.iter().map(|kernel| {
+            let parameters = kernel.parameters.iter().map(|parameter| parameter.name);
+            (kernel.name, parameters.collect())
+        });
+        let code_bits = file.code_bits.to_vec();
+        (file.name, dtypes.collect(), code_bits, kernels.collect())
+    };
+    FILES.iter().map(describe).collect()
+}
 
 /// The whole translation unit of a kernel file of `cuda/`, as it is compiled: `kernel` is the
 /// file's name without ".cu"; `dtype` is "float32", "float16" or "bfloat16"; `codebook` is NF4
@@ -22,16 +51,38 @@ pub(super) fn kernel_source(
     double_quant: bool,
 ) -> PyResult<String> {
     let specialisation = specialisation(dtype, block_size, codebook, double_quant)?;
-    source::translation_unit(kernel, &specialisation).map_err(|error| to_python(&error))
+    Ok(translation_unit(file(kernel)?, &specialisation))
 }
 
-/// The names of the kernel files.
+/// How a kernel is launched with these arguments on a card of that capability (10 major + minor)
+/// with so many multiprocessors: blocks, threads of a block, bytes of dynamic shared memory; None
+/// where there is nothing to do.
 #[pyfunction]
-pub(super) fn kernel_files() -> Vec<&'static str> {
-    source::names()
+#[pyo3(signature = (file_name, kernel, arguments, *, capability, processors))]
+pub(super) fn kernel_geometry(
+    file_name: &str,
+    kernel: &str,
+    arguments: Vec<Bound<'_, PyAny>>,
+    capability: u32,
+    processors: u32,
+) -> PyResult<Option<([u32; 3], u32, u32)>> {
+    let card = Card {
+        capability,
+        processors,
+    };
+    let values = values(&arguments)?;
+    let geometry = file(file_name)?
+        .kernel(kernel)
+        .and_then(|kernel| kernel.geometry(&kernel.arguments(&values)?, &card))
+        .map_err(|error| to_python(&error.into()))?;
+    Ok(geometry.map(|geometry| (geometry.grid, geometry.block, geometry.dynamic_bytes)))
 }
 
-fn specialisation(
+pub(super) fn file(name: &str) -> PyResult<&'static File> {
+    kernels::file(name).map_err(|error| to_python(&error.into()))
+}
+
+pub(super) fn specialisation(
     dtype: &str,
     block_size: u64,
     codebook: Option<&Codebook>,
@@ -51,4 +102,17 @@ fn specialisation(
         codebook: codebook.map_or_else(|| codebook::Codebook::nf4().clone(), |book| book.0.clone()),
         double_quant,
     })
+}
+
+pub(super) fn values(arguments: &[Bound<'_, PyAny>]) -> PyResult<Vec<Value>> {
+    let value = |argument: &Bound<'_, PyAny>| {
+        if argument.is_instance_of::<PyFloat>() {
+            argument.extract().map(Value::Float)
+        } else {
+            argument
+                .extract::<i64>()
+                .map(|number| Value::Integer(number.into()))
+        }
+    };
+    arguments.iter().map(value).collect()
 }

@@ -5,6 +5,8 @@
 
 mod checkpoint;
 mod convert;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod errors;
 mod gpu;
 mod optimizer;
@@ -23,10 +25,16 @@ mod _core {
     };
     #[pymodule_export]
     use super::convert::{convert, kept_module, small_files};
+    #[cfg(feature = "cuda")]
     #[pymodule_export]
-    use super::errors::{CheckpointError, NonFiniteError};
+    use super::cuda::{
+        CudaProgram, build_kernel, compile_kernel, cuda_devices, cuda_driver_version, kernel_cache,
+        load_nvrtc,
+    };
     #[pymodule_export]
-    use super::gpu::{kernel_files, kernel_source};
+    use super::errors::{CheckpointError, CudaError, NonFiniteError};
+    #[pymodule_export]
+    use super::gpu::{kernel_geometry, kernel_register, kernel_source};
     #[pymodule_export]
     use super::optimizer::{adamw8_step, adamw32_step};
     #[pymodule_export]

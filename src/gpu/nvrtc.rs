@@ -1,0 +1,241 @@
+//! NVIDIA's run-time compiler, opened when it is first needed.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_char, c_int};
+use std::mem::ManuallyDrop;
+use std::path::{Path, PathBuf};
+use std::ptr;
+
+use cudarc::nvrtc::sys::nvrtcProgram;
+use libloading::Library;
+
+use super::GpuProblem;
+use super::library::{functions, open};
+
+/// `NVRTC_ERROR_COMPILATION`: the program is at fault, and the log says why.
+const COMPILATION: u32 = 6;
+
+functions! {
+    /// The functions of NVRTC (NVRTC documentation, "User Interface").
+    Functions {
+        nvrtcVersion(*mut c_int, *mut c_int);
+        nvrtcCreateProgram(
+            *mut nvrtcProgram,
+            *const c_char,
+            *const c_char,
+            c_int,
+            *const *const c_char,
+            *const *const c_char,
+        );
+        nvrtcCompileProgram(nvrtcProgram, c_int, *const *const c_char);
+        nvrtcDestroyProgram(*mut nvrtcProgram);
+        nvrtcGetCUBINSize(nvrtcProgram, *mut usize);
+        nvrtcGetCUBIN(nvrtcProgram, *mut c_char);
+        nvrtcGetProgramLogSize(nvrtcProgram, *mut usize);
+        nvrtcGetProgramLog(nvrtcProgram, *mut c_char);
+    }
+}
+
+/// The compiler of one library file.
+#[derive(Debug)]
+pub struct Compiler {
+    functions: Functions,
+    path: PathBuf,
+    version: (u32, u32),
+    /// Never closed: it may have threads of its own.
+    _library: ManuallyDrop<Library>,
+}
+
+/// What the compiler gives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compiled {
+    /// Machine code for one architecture, as an ELF file.
+    pub cubin: Vec<u8>,
+    /// Warnings, and what the options asked for.
+    pub log: String,
+}
+
+impl Compiler {
+    /// Opens the first of these libraries that can be opened. A bare file name is looked for where
+    /// the system keeps libraries.
+    ///
+    /// # Errors
+    /// [`GpuProblem::NvrtcMissing`] where there is none; [`GpuProblem::MissingFunction`] where the
+    /// one opened is too old.
+    pub fn open(candidates: &[PathBuf]) -> Result<Self, GpuProblem> {
+        let mut tried = Vec::new();
+        for path in candidates {
+            match open(path) {
+                Ok(library) => return Self::of(library, path),
+                Err(error) => tried.push(format!("{}: {error}", path.display())),
+            }
+        }
+        if tried.is_empty() {
+            tried.push("no place is known".to_owned());
+        }
+        Err(GpuProblem::NvrtcMissing { tried })
+    }
+
+    fn of(library: Library, path: &Path) -> Result<Self, GpuProblem> {
+        let functions = Functions::of(&library, &path.display().to_string())?;
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: two integers to write to, as documented.
+        let status = unsafe { (functions.nvrtcVersion)(&raw mut major, &raw mut minor) };
+        if status != 0 {
+            let tried = vec![format!(
+                "{}: error {status} of nvrtcVersion",
+                path.display()
+            )];
+            return Err(GpuProblem::NvrtcMissing { tried });
+        }
+        Ok(Self {
+            functions,
+            path: path.to_path_buf(),
+            version: (major.cast_unsigned(), minor.cast_unsigned()),
+            _library: ManuallyDrop::new(library),
+        })
+    }
+
+    /// Its version: 13 and 2 for CUDA 13.2.
+    #[must_use]
+    pub const fn version(&self) -> (u32, u32) {
+        self.version
+    }
+
+    /// The file it was opened from, or the name the system found it by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Compiles a self-contained program for one architecture, such as `sm_80`.
+    ///
+    /// # Errors
+    /// [`GpuProblem::Compile`], with the compiler's log.
+    pub fn compile(
+        &self,
+        file: &str,
+        source: &str,
+        target: &str,
+        options: &[&str],
+    ) -> Result<Compiled, GpuProblem> {
+        let problem = |log: String| GpuProblem::Compile {
+            file: file.to_owned(),
+            target: target.to_owned(),
+            version: format!("{}.{}", self.version.0, self.version.1),
+            log,
+        };
+        let c_string = |text: &str| {
+            CString::new(text).map_err(|_| problem(format!("a zero byte in {text:?}")))
+        };
+        let name = c_string(&format!("cuda/{file}.cu"))?;
+        let source = c_string(source)?;
+        let mut options = options
+            .iter()
+            .map(|option| c_string(option))
+            .collect::<Result<Vec<_>, _>>()?;
+        options.push(c_string(&format!("--gpu-architecture={target}"))?);
+        let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+
+        let program = Program::new(&self.functions, &source, &name)
+            .map_err(|status| problem(format!("error {status} of nvrtcCreateProgram")))?;
+        // A handful of options.
+        let count = c_int::try_from(options.len()).unwrap_or(c_int::MAX);
+        // SAFETY: `program` is alive; `options` are `count` strings that end in zero and live until
+        // the call returns.
+        let status = unsafe {
+            (self.functions.nvrtcCompileProgram)(program.handle, count, options.as_ptr())
+        };
+        let log = program.log();
+        match status {
+            0 => {}
+            COMPILATION => return Err(problem(log)),
+            status => {
+                return Err(problem(format!(
+                    "error {status} of nvrtcCompileProgram; {log}"
+                )));
+            }
+        }
+        let cubin = program
+            .bytes(
+                self.functions.nvrtcGetCUBINSize,
+                self.functions.nvrtcGetCUBIN,
+            )
+            .map_err(|status| problem(format!("error {status} of nvrtcGetCUBIN")))?;
+        Ok(Compiled { cubin, log })
+    }
+}
+
+type Size = unsafe extern "C" fn(nvrtcProgram, *mut usize) -> u32;
+type Contents = unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> u32;
+
+/// A program, freed when it is dropped.
+struct Program<'a> {
+    functions: &'a Functions,
+    handle: nvrtcProgram,
+    /// The compiler may refer to it until the program is freed.
+    _source: &'a CString,
+    _name: &'a CString,
+}
+
+impl<'a> Program<'a> {
+    fn new(functions: &'a Functions, source: &'a CString, name: &'a CString) -> Result<Self, u32> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: two strings that end in zero and outlive the program; no headers, so the two
+        // lists of none may be null.
+        let status = unsafe {
+            (functions.nvrtcCreateProgram)(
+                &raw mut handle,
+                source.as_ptr(),
+                name.as_ptr(),
+                0,
+                ptr::null(),
+                ptr::null(),
+            )
+        };
+        if status != 0 {
+            return Err(status);
+        }
+        Ok(Self {
+            functions,
+            handle,
+            _source: source,
+            _name: name,
+        })
+    }
+
+    fn log(&self) -> String {
+        let get = (
+            self.functions.nvrtcGetProgramLogSize,
+            self.functions.nvrtcGetProgramLog,
+        );
+        match self.bytes(get.0, get.1) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes)
+                .trim_end_matches(['\0', '\n'])
+                .to_owned(),
+            Err(status) => format!("(no log: error {status})"),
+        }
+    }
+
+    /// What a pair of functions, one for the size and one for the contents, says of the program.
+    fn bytes(&self, size: Size, contents: Contents) -> Result<Vec<u8>, u32> {
+        let mut count = 0;
+        // SAFETY: the program is alive, and `count` is there to be written.
+        let status = unsafe { size(self.handle, &raw mut count) };
+        if status != 0 {
+            return Err(status);
+        }
+        let mut bytes = vec![0_u8; count];
+        // SAFETY: as above, and the compiler writes as many bytes as it has just said.
+        let status = unsafe { contents(self.handle, bytes.as_mut_ptr().cast()) };
+        if status == 0 { Ok(bytes) } else { Err(status) }
+    }
+}
+
+impl Drop for Program<'_> {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from `nvrtcCreateProgram` and is freed once. A failure would
+        // leave memory behind, nothing worse.
+        let _ = unsafe { (self.functions.nvrtcDestroyProgram)(&raw mut self.handle) };
+    }
+}
