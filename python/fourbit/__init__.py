@@ -18,6 +18,8 @@ The modules, in the order in which data flows through them:
 ``finetuning``      `finetune`: a training run on TRL
 ``generation``      `generate`: text from a model
 ``export``          `export_merged`: back to 16 bits
+``nvrtc``           where the compiler of the CUDA kernels is
+``diagnosis``       `doctor`: what of all this works on this machine
 ``cli``             the ``fourbit`` command
 ``reference``       the slow twin of every operator, for tests
 ==================  ==============================================================================
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from fourbit.checkpoint import convert, inspect, verify
     from fourbit.codebook import Codebook
     from fourbit.data import DataError
+    from fourbit.diagnosis import doctor
     from fourbit.export import export_merged
     from fourbit.finetuning import FinetuneOptions, finetune
     from fourbit.generation import generate
@@ -62,6 +65,7 @@ __all__ = [
     "add_lora",
     "convert",
     "dequantize",
+    "doctor",
     "export_merged",
     "finetune",
     "from_pretrained",
@@ -85,6 +89,7 @@ _HOMES = {
     "checkpoint": ("convert", "inspect", "verify"),
     "codebook": ("Codebook",),
     "data": ("DataError",),
+    "diagnosis": ("doctor",),
     "export": ("export_merged",),
     "finetuning": ("FinetuneOptions", "finetune"),
     "generation": ("generate",),
@@ -101,6 +106,7 @@ _MODULE_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = {home.partition(".")[0] for home in _HOMES} | {
     "layout",
     "loading",
+    "nvrtc",
     "ops",
     "reference",
 }

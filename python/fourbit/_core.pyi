@@ -10,20 +10,22 @@ from torch import Tensor
 __version__: str
 DEFAULT_CHUNK_BYTES: int
 DEFAULT_MAX_SHARD_BYTES: int
+OLDEST_CAPABILITY: int
 
 __all__ = [
+    "DEFAULT_CHUNK_BYTES",
+    "DEFAULT_MAX_SHARD_BYTES",
+    "OLDEST_CAPABILITY",
     "CheckpointError",
     "CheckpointReader",
     "CheckpointWriter",
     "Codebook",
     "CudaError",
     "CudaProgram",
-    "DEFAULT_CHUNK_BYTES",
-    "DEFAULT_MAX_SHARD_BYTES",
     "NonFiniteError",
     "__version__",
-    "adamw32_step",
     "adamw8_step",
+    "adamw32_step",
     "add_quantization_config",
     "build_kernel",
     "compile_kernel",

@@ -72,13 +72,9 @@ def load() -> tuple[Path, tuple[int, int]]:
 
 def _of_packages() -> list[Path]:
     """In NVIDIA's packages (``nvidia/cu13``, ``nvidia/cuda_nvrtc``), and in torch's own folder."""
-    folders: list[Path] = []
     nvidia = find_spec("nvidia")
-    for root in (nvidia.submodule_search_locations or []) if nvidia else []:
-        try:
-            folders += sorted(path for path in Path(root).iterdir() if path.is_dir())
-        except OSError:
-            continue
+    roots = (nvidia.submodule_search_locations or []) if nvidia else []
+    folders = [folder for root in roots for folder in sorted(Path(root).glob("*/"))]
     torch = find_spec("torch")
     if torch is not None and torch.origin is not None:
         folders.append(Path(torch.origin).parent)

@@ -4,7 +4,7 @@ use super::{ArgumentProblem, GpuProblem, UnsupportedReason};
 use crate::element::Dtype;
 
 /// The oldest architecture: torch's own packages leave out older ones.
-pub(super) const OLDEST: u32 = 75;
+pub const OLDEST: u32 = 75;
 
 /// A file of `cuda/`.
 #[derive(Debug)]

@@ -48,6 +48,7 @@ mod _core {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("OLDEST_CAPABILITY", crate::gpu::kernel::OLDEST)?;
         module.add("DEFAULT_MAX_SHARD_BYTES", DEFAULT_MAX_SHARD_BYTES)?;
         module.add("DEFAULT_CHUNK_BYTES", DEFAULT_CHUNK_BYTES)
     }

@@ -8,6 +8,7 @@
 ``checkpoints`` ``convert``, ``inspect``, ``verify``, ``merge``
 ``train``       ``finetune``
 ``talk``        ``generate``
+``doctor``      ``doctor``
 ==============  ==================================================================================
 
 Results go to stdout; progress, notes and errors to stderr. With ``--json`` stdout is one JSON

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fourbit.cli import checkpoints, screen, talk, train
+from fourbit.cli import checkpoints, doctor, screen, talk, train
 from fourbit.cli.common import TRACEBACK_VARIABLE, Interrupted, debugging
 
 
@@ -168,5 +168,6 @@ for _command in (
     train.finetune,
     talk.generate,
     checkpoints.merge,
+    doctor.doctor,
 ):
     app.command()(_command)
