@@ -149,6 +149,10 @@ __device__ __forceinline__ void store_once(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
     *target = value;
 }
+__device__ __forceinline__ void store_wide(Wide* target, Wide value) {
+    emulator::check_aligned(target, 16);
+    *target = value;
+}
 template <class T> __device__ __forceinline__ T load_aligned(const T* source) {
     emulator::check_aligned(source, alignof(T));
     return *source;
@@ -265,6 +269,13 @@ template <> __device__ __forceinline__ u32 larger_pair<f16>(u32 a, u32 b) {
     return larger;
 }
 #endif
+
+// Writes what another kernel may read soon. In PTX, since the compiler would split some of them.
+__device__ __forceinline__ void store_wide(Wide* target, Wide value) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(value.words[0]),
+                 "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
+                 : "memory");
+}
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));

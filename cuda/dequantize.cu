@@ -21,6 +21,7 @@ constexpr u32 NESTED_BLOCK_SIZE = 256;
 constexpr u32 NESTED_CODES = 256;
 
 // Codes of a vector, in words of at most 32 bits.
+constexpr u32 BYTE_ELEMENTS = 8 / CODE_BITS;
 constexpr u32 CODE_BYTES = LANE_ELEMENTS * CODE_BITS / 8;
 constexpr u32 WORDS = CODE_BYTES > 4 ? CODE_BYTES / 4 : 1;
 constexpr u32 WORD_BYTES = CODE_BYTES / WORDS;
@@ -45,24 +46,18 @@ constexpr u32 ENTRY_BYTES = COPIES * sizeof(float);
 constexpr u32 ENTRY_SHIFT = CODE_BITS == 8 ? 2 : 7;
 static_assert(ENTRY_BYTES == 1 << ENTRY_SHIFT, "a shift in place of a product");
 
-// Codes behind the end are never used.
-__device__ __forceinline__ Packed load_part(const u8* packed, i64 first, i64 bytes) {
-    Packed part{};
-    for (u32 i = 0; i < CODE_BYTES; ++i) {
-        if (first + i >= bytes) break;
-        part.elements[i / WORD_BYTES] |= Word(packed[first + i]) << 8 * (i % WORD_BYTES);
-    }
-    return part;
+// The place of code `i` in bytes that stand one behind the other: the first code stands highest in
+// its byte.
+__device__ constexpr u32 lowest_bit(u32 i) {
+    return i / BYTE_ELEMENTS * 8 + (BYTE_ELEMENTS - 1 - i % BYTE_ELEMENTS) * CODE_BITS;
 }
 
-// The value of code `i` of a word; `copy` is the lane's copy of the codebook.
-__device__ __forceinline__ float value_of(const u8* copy, u32 word, u32 i) {
-    constexpr u32 BYTE_CODES = 8 / CODE_BITS;
-    // The first code stands highest in its byte.
-    const u32 low_bit = i / BYTE_CODES * 8 + (BYTE_CODES - 1 - i % BYTE_CODES) * CODE_BITS;
-    const u32 moved = low_bit < ENTRY_SHIFT ? word << (ENTRY_SHIFT - low_bit)
-                                            : word >> (low_bit - ENTRY_SHIFT);
-    return *reinterpret_cast<const float*>(copy + (moved & (CODES - 1) << ENTRY_SHIFT));
+// The value of code `i` of a word, in the lane's copy of the codebook.
+__device__ __forceinline__ float value_of(const u8* table, u32 copy, u32 word, u32 i) {
+    const u32 bit = lowest_bit(i);
+    const u32 moved = bit < ENTRY_SHIFT ? word << (ENTRY_SHIFT - bit) : word >> (bit - ENTRY_SHIFT);
+    const u32 offset = moved & (CODES - 1) << ENTRY_SHIFT;
+    return *reinterpret_cast<const float*>(table + (offset | copy));
 }
 
 __device__ __forceinline__ Wide pack(const float (&numbers)[LANE_ELEMENTS]) {
@@ -81,8 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 fourbit_dequantize(const u8* __restrict__ packed, const Scale* __restrict__ absmax,
                    [[maybe_unused]] const float* __restrict__ nested_absmax,
                    [[maybe_unused]] const float* __restrict__ nested_offset,
-                   ELEMENT* __restrict__ output,
-                   i64 count) {
+                   ELEMENT* __restrict__ output, i64 count) {
     __shared__ float table[CODES * COPIES];
     for (u32 i = threadIdx.x; i < CODES * COPIES; i += THREADS) {
         table[i] = CODEBOOK_VALUE[i / COPIES];
@@ -94,59 +88,48 @@ fourbit_dequantize(const u8* __restrict__ packed, const Scale* __restrict__ absm
 #endif
     __syncthreads();
 
+    const auto scale_of = [&](i64 block) {
+#if DOUBLE_QUANT
+        return decode_scale(nested_table[absmax[block]], nested_absmax[block / NESTED_BLOCK_SIZE],
+                            offset);
+#else
+        return absmax[block];
+#endif
+    };
+    const u8* const values = reinterpret_cast<const u8*>(table);
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const u8* const copy = reinterpret_cast<const u8*>(table + lane % COPIES);
+    const u32 copy = computed(lane % COPIES * u32(sizeof(float)));
     const bool aligned = reinterpret_cast<u64>(output) % sizeof(Wide) == 0 &&
                          reinterpret_cast<u64>(packed) % CODE_BYTES == 0;
-    const i64 bytes = (count + 8 / CODE_BITS - 1) / (8 / CODE_BITS);
-    const i64 blocks = (count + BLOCK_SIZE - 1) / BLOCK_SIZE;
 
     for (i64 tile = (i64(blockIdx.x) * WARPS + warp) * TILE; tile < count;
          tile += i64(gridDim.x) * WARPS * TILE) {
-        const i64 first = tile + lane * LANE_ELEMENTS;
-        const bool whole = aligned && tile + TILE <= count;
+        if (!aligned || tile + TILE > count) {
+            // Lanes take elements in turn.
+#pragma unroll 1
+            for (i64 i = tile + lane; i < tile + TILE && i < count; i += WARP) {
+                const float value =
+                    value_of(values, copy, packed[i / BYTE_ELEMENTS], u32(i % BYTE_ELEMENTS));
+                output[i] = from_float<Element>(value * scale_of(i / BLOCK_SIZE));
+            }
+            continue;
+        }
+        const auto* const source = reinterpret_cast<const Packed*>(packed + tile / BYTE_ELEMENTS);
         Packed codes[VECTORS];
-        if (whole) {
-            for (u32 v = 0; v < VECTORS; ++v) {
-                codes[v] = load_aligned(reinterpret_cast<const Packed*>(
-                    packed + (first + v * WARP_ELEMENTS) / (8 / CODE_BITS)));
-            }
-        } else {
-            for (u32 v = 0; v < VECTORS; ++v) {
-                codes[v] = load_part(packed, (first + v * WARP_ELEMENTS) / (8 / CODE_BITS), bytes);
-            }
-        }
-
+        for (u32 v = 0; v < VECTORS; ++v) codes[v] = load_aligned(source + v * WARP + lane);
         // Each lane decodes one scale of the tile; then it asks the one that has its own.
-        const i64 block = tile / BLOCK_SIZE + lane % TILE_BLOCKS;
-        float owned_scale = 0.0f;
-        if (block < blocks) {
-#if DOUBLE_QUANT
-            owned_scale = decode_scale(nested_table[absmax[block]],
-                                       nested_absmax[block / NESTED_BLOCK_SIZE], offset);
-#else
-            owned_scale = absmax[block];
-#endif
-        }
+        const float owned_scale = scale_of(tile / BLOCK_SIZE + lane % TILE_BLOCKS);
+        auto* const target = reinterpret_cast<Wide*>(output + tile);
         for (u32 v = 0; v < VECTORS; ++v) {
+            const u32 owner = v * WARP_ELEMENTS / BLOCK_SIZE + lane * LANE_ELEMENTS / BLOCK_SIZE;
             const float scale =
-                TILE_BLOCKS == 1
-                    ? owned_scale
-                    : __shfl_sync(ALL_LANES, owned_scale,
-                                  (v * WARP_ELEMENTS + lane * LANE_ELEMENTS) / BLOCK_SIZE);
+                TILE_BLOCKS == 1 ? owned_scale : __shfl_sync(ALL_LANES, owned_scale, owner);
             float numbers[LANE_ELEMENTS];
             for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
                 const u32 word = codes[v].elements[i / WORD_ELEMENTS];
-                numbers[i] = value_of(copy, word, i % WORD_ELEMENTS) * scale;
+                numbers[i] = value_of(values, copy, word, i % WORD_ELEMENTS) * scale;
             }
-            const i64 vector = first + v * WARP_ELEMENTS;
-            if (whole) {
-                store_aligned(reinterpret_cast<Wide*>(output + vector), pack(numbers));
-            } else {
-                for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
-                    if (vector + i < count) output[vector + i] = from_float<Element>(numbers[i]);
-                }
-            }
+            store_wide(target + v * WARP + lane, pack(numbers));
         }
     }
 }
