@@ -56,6 +56,17 @@ template <> __device__ __forceinline__ f16 from_float<f16>(float number) {
     return f16{float_to_half(number)};
 }
 
+// The two numbers of a word of bf16 or f16, the lower half first.
+template <class T> __device__ __forceinline__ void unpack_pair(u32 word, float& low, float& high) {
+    low = to_float(T{u16(word)});
+    high = to_float(T{u16(word >> 16)});
+}
+template <>
+__device__ __forceinline__ void unpack_pair<bf16>(u32 word, float& low, float& high) {
+    low = bits_to_float(word << 16);
+    high = bits_to_float(word & 0xffff0000u);
+}
+
 // --- memory -------------------------------------------------------------------------------------
 
 // Sixteen bytes, the widest access of a thread.
@@ -67,6 +78,55 @@ struct alignas(16) Wide {
 template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
     T elements[N];
 };
+
+// --- blockwise quantization ---------------------------------------------------------------------
+
+// What the elements of a block are first multiplied by, exactly, where the reciprocal of its scale
+// would overflow: below 2^-128.
+constexpr float SUBNORMAL_LIFT = 0x1p64f;
+constexpr float LARGEST_FLOAT = 0x1.fffffep127f;
+constexpr u32 INFINITY_BITS = 0x7f800000u;
+
+// What `normalise` takes for a scale of at least 0: its reciprocal; 0 for 0; with a minus sign, the
+// reciprocal of scale * SUBNORMAL_LIFT.
+__device__ __forceinline__ float inverse_of_scale(float scale) {
+    if (scale == 0.0f) return 0.0f;
+    const float inverse = __frcp_rn(scale);
+    if (inverse <= LARGEST_FLOAT) return inverse;
+    return -__frcp_rn(scale * SUBNORMAL_LIFT);
+}
+
+__device__ __forceinline__ float normalise(float element, float inverse) {
+    return inverse < 0.0f ? element * SUBNORMAL_LIFT * -inverse : element * inverse;
+}
+
+// A block scale from its value in the nested codebook, each operation rounded, whatever the
+// compiler may fuse elsewhere.
+__device__ __forceinline__ float decode_scale(float value, float nested_absmax, float offset) {
+    return __fadd_rn(__fmul_rn(value, nested_absmax), offset);
+}
+
+// Midpoints as a search tree in heap order: the root is node 1, the children of n are 2 n and
+// 2 n + 1. This is the index of a node's midpoint among the ascending 2^LEVELS - 1; where the
+// codebook has fewer, infinity takes its place. Node n lies in bank n % 32, so the first six levels
+// are free of bank conflicts whatever the lanes look for.
+template <u32 LEVELS> __device__ __forceinline__ u32 index_of_node(u32 node) {
+    u32 next = 2 * node + 1;
+    while (next < 1u << LEVELS) next *= 2;
+    return next - (1u << LEVELS) - 1;
+}
+
+// How many midpoints are below a number (BELOW), or not above it.
+template <u32 LEVELS, bool BELOW = true>
+__device__ __forceinline__ u32 search_tree(const float* tree, float number) {
+    u32 node = 1;
+#pragma unroll
+    for (u32 level = 0; level < LEVELS; ++level) {
+        const float midpoint = tree[node];
+        node = 2 * node + u32(BELOW ? midpoint < number : midpoint <= number);
+    }
+    return node - (1u << LEVELS);
+}
 
 // --- what is not plain C++ ----------------------------------------------------------------------
 
@@ -80,6 +140,7 @@ __device__ __forceinline__ float half_to_float(u16 bits) { return emulator::half
 __device__ __forceinline__ u16 float_to_half(float number) {
     return emulator::float_to_half(number);
 }
+__device__ __forceinline__ u32 computed(u32 number) { return number; }
 __device__ __forceinline__ Wide load_once(const Wide* source) {
     emulator::check_aligned(source, 16);
     return *source;
@@ -87,6 +148,24 @@ __device__ __forceinline__ Wide load_once(const Wide* source) {
 __device__ __forceinline__ void store_once(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
     *target = value;
+}
+__device__ __forceinline__ void store_wide(Wide* target, Wide value) {
+    emulator::check_aligned(target, 16);
+    *target = value;
+}
+template <class T> __device__ __forceinline__ T load_aligned(const T* source) {
+    emulator::check_aligned(source, alignof(T));
+    return *source;
+}
+template <class T> __device__ __forceinline__ void store_aligned(T* target, T value) {
+    emulator::check_aligned(target, alignof(T));
+    *target = value;
+}
+template <class T> __device__ __forceinline__ u32 pack_pair(float low, float high) {
+    return from_float<T>(low).bits | u32(from_float<T>(high).bits) << 16;
+}
+template <class T> __device__ __forceinline__ u32 larger_pair(u32 a, u32 b) {
+    return max(a & 0xffffu, b & 0xffffu) | max(a & 0xffff0000u, b & 0xffff0000u);
 }
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, u32 bytes) {
     emulator::copy_async(shared, global, bytes);
@@ -121,6 +200,13 @@ __device__ __forceinline__ u16 float_to_half(float number) {
     return bits;
 }
 
+// The same number, as one that the compiler knows nothing about: it is kept in a register, not
+// computed anew or merged into other computations at every use.
+__device__ __forceinline__ u32 computed(u32 number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+
 // Reads what no thread will read again: past the first-level cache.
 __device__ __forceinline__ Wide load_once(const Wide* source) {
     Wide value;
@@ -134,6 +220,59 @@ __device__ __forceinline__ Wide load_once(const Wide* source) {
 // Writes what this kernel will not read: first to leave the second-level cache.
 __device__ __forceinline__ void store_once(Wide* target, Wide value) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(value.words[0]),
+                 "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
+                 : "memory");
+}
+
+// One access of all of T, whose alignment the address has.
+template <class T> __device__ __forceinline__ T load_aligned(const T* source) { return *source; }
+template <class T> __device__ __forceinline__ void store_aligned(T* target, T value) {
+    *target = value;
+}
+
+// Two numbers rounded to T, bf16 or f16, in one word. A NaN stays one, with bits of the card's
+// choice.
+template <class T> __device__ __forceinline__ u32 pack_pair(float low, float high);
+template <> __device__ __forceinline__ u32 pack_pair<bf16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return float_to_bf16_bits(low) | u32(float_to_bf16_bits(high)) << 16;
+#endif
+}
+template <> __device__ __forceinline__ u32 pack_pair<f16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return float_to_half(low) | u32(float_to_half(high)) << 16;
+#endif
+}
+
+// Of two pairs of magnitudes of T, bf16 or f16 with the sign bit clear, the larger of each; a NaN
+// is larger than all. Such magnitudes have the order of their bits.
+template <class T> __device__ __forceinline__ u32 larger_pair(u32 a, u32 b) {
+    return max(a & 0xffffu, b & 0xffffu) | max(a & 0xffff0000u, b & 0xffff0000u);
+}
+#if __CUDA_ARCH__ >= 800
+template <> __device__ __forceinline__ u32 larger_pair<bf16>(u32 a, u32 b) {
+    u32 larger;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+template <> __device__ __forceinline__ u32 larger_pair<f16>(u32 a, u32 b) {
+    u32 larger;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+#endif
+
+// Writes what another kernel may read soon. In PTX, since the compiler would split some of them.
+__device__ __forceinline__ void store_wide(Wide* target, Wide value) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(value.words[0]),
                  "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
                  : "memory");
 }
