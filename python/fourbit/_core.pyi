@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TypedDict, final
+from typing import NoReturn, TypedDict, final
 
 from torch import Tensor
 
@@ -43,6 +43,8 @@ __all__ = [
     "quantize",
     "quantize_absmax",
     "quantized_layout",
+    "raise_non_finite",
+    "raise_scale_overflow",
     "simd_backends",
     "small_files",
     "verify",
@@ -93,7 +95,13 @@ def kernel_geometry(
     *,
     capability: int,
     processors: int,
+    dtype: str,
+    block_size: int = 64,
+    codebook: Codebook | None = None,
+    double_quant: bool = False,
 ) -> tuple[list[int], int, int] | None: ...
+def raise_non_finite(index: int, value: float) -> NoReturn: ...
+def raise_scale_overflow() -> NoReturn: ...
 def load_nvrtc(candidates: Sequence[str]) -> tuple[Path, tuple[int, int]]: ...
 def compile_kernel(
     kernel: str,

@@ -19,6 +19,8 @@ float32 scales; otherwise it holds the 8-bit codes of double quantization.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,14 +55,15 @@ _library.define(
 )
 
 
-def _check_float(tensor: Tensor, what: str) -> None:
+def check_float(tensor: Tensor, what: str) -> None:
+    """That a tensor is of a dtype that can be quantized and multiplied."""
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{what} is {tensor.dtype}; use float32, float16 or bfloat16")
 
 
 @torch.library.impl(_library, "quantize", "CPU")
 def _quantize_cpu(input: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:  # noqa: A002
-    _check_float(input, "the input")
+    check_float(input, "the input")
     book = by_name(codebook)
     count = input.numel()
     packed = torch.empty((packed_bytes(count, book.code_bits), 1), dtype=torch.uint8)
@@ -78,7 +81,7 @@ def _quantize_cpu(input: Tensor, codebook: str, block_size: int) -> tuple[Tensor
 
 @torch.library.register_fake("fourbit::quantize")
 def _quantize_fake(input: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:  # noqa: A002
-    _check_float(input, "the input")
+    check_float(input, "the input")
     count = input.numel()
     packed = input.new_empty(
         (packed_bytes(count, by_name(codebook).code_bits), 1), dtype=torch.uint8
@@ -134,7 +137,7 @@ def _dequantize_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     output = torch.empty(shape, dtype=dtype)
-    _check_float(output, "dtype")
+    check_float(output, "dtype")
     scales = _plain_absmax(absmax, nested_absmax, nested_offset)
     return _decode(packed, scales, codebook, block_size, output)
 
@@ -264,8 +267,9 @@ _library.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 _library.define(f"linear_transposed(Tensor y, {_WEIGHT}) -> Tensor")
 
 
-def _check_operand(operand: Tensor, features: int, name: str) -> None:
-    _check_float(operand, name)
+def check_operand(operand: Tensor, features: int, name: str) -> None:
+    """That the last dimension of an operand is the layer's."""
+    check_float(operand, name)
     if operand.ndim == 0:
         raise ValueError(f"{name} is a single number, and the layer has {features} features")
     if operand.shape[-1] != features:
@@ -275,7 +279,8 @@ def _check_operand(operand: Tensor, features: int, name: str) -> None:
         )
 
 
-def _check_device(operand: Tensor, packed: Tensor) -> None:
+def check_device(operand: Tensor, packed: Tensor) -> None:
+    """That an operand is where the layer is."""
     # A layer that was never filled would otherwise give outputs without data.
     if operand.device != packed.device:
         raise RuntimeError(
@@ -320,7 +325,7 @@ def _linear_cpu(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    _check_operand(x, in_features, "the input")
+    check_operand(x, in_features, "the input")
     scales = _plain_absmax(absmax, nested_absmax, nested_offset)
     memory = _weight_memory((out_features, in_features), x)
     weight = _decode(packed, scales, codebook, block_size, memory)
@@ -340,8 +345,8 @@ def _linear_fake(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    _check_operand(x, in_features, "the input")
-    _check_device(x, packed)
+    check_operand(x, in_features, "the input")
+    check_device(x, packed)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -357,7 +362,7 @@ def _linear_transposed_cpu(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    _check_operand(y, out_features, "the gradient")
+    check_operand(y, out_features, "the gradient")
     scales = _plain_absmax(absmax, nested_absmax, nested_offset)
     memory = _weight_memory((out_features, in_features), y)
     weight = _decode(packed, scales, codebook, block_size, memory)
@@ -376,9 +381,37 @@ def _linear_transposed_fake(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    _check_operand(y, out_features, "the gradient")
-    _check_device(y, packed)
+    check_operand(y, out_features, "the gradient")
+    check_device(y, packed)
     return y.new_empty((*y.shape[:-1], in_features))
+
+
+# --- CUDA ---------------------------------------------------------------------------------------
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    """The operator of that name in `cuda_ops`, which is imported when it is first called."""
+
+    def call(*arguments: Any) -> Any:
+        from fourbit import cuda_ops
+
+        return getattr(cuda_ops, name)(*arguments)
+
+    return call
+
+
+for _name in (
+    "quantize",
+    "dequantize",
+    "quantize_absmax",
+    "dequantize_absmax",
+    "linear",
+    "linear_transposed",
+):
+    _library.impl(_name, _on_cuda(_name), "CUDA")
+
+
+# --- gradients ----------------------------------------------------------------------------------
 
 
 class _Linear(torch.autograd.Function):

@@ -1,5 +1,6 @@
 //! What is known of a kernel file and of a kernel, and arguments checked against it.
 
+use super::source::Specialisation;
 use super::{ArgumentProblem, GpuProblem, UnsupportedReason};
 use crate::element::Dtype;
 
@@ -24,6 +25,10 @@ pub struct File {
     pub kernels: &'static [Kernel],
 }
 
+/// How a kernel is launched with these arguments; None where there is nothing to do.
+pub type GeometryOf =
+    fn(&Arguments, &Specialisation, &Card) -> Result<Option<Geometry>, ArgumentProblem>;
+
 /// A function that can be launched.
 #[derive(Debug)]
 pub struct Kernel {
@@ -32,7 +37,7 @@ pub struct Kernel {
     /// What it takes, in order.
     pub parameters: &'static [Parameter],
     /// How it is launched.
-    pub geometry: fn(&Arguments, &Card) -> Result<Option<Geometry>, ArgumentProblem>,
+    pub geometry: GeometryOf,
 }
 
 /// One parameter of a kernel.
@@ -188,9 +193,10 @@ impl Kernel {
     pub fn geometry(
         &'static self,
         arguments: &Arguments,
+        specialisation: &Specialisation,
         card: &Card,
     ) -> Result<Option<Geometry>, GpuProblem> {
-        (self.geometry)(arguments, card).map_err(|problem| GpuProblem::Arguments {
+        (self.geometry)(arguments, specialisation, card).map_err(|problem| GpuProblem::Arguments {
             kernel: self.name,
             problem,
         })

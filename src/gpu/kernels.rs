@@ -3,11 +3,12 @@
 //! the files.
 
 use super::kernel::{Arguments, Card, File, Geometry, Kernel, Kind, OLDEST, Parameter};
+use super::source::Specialisation;
 use super::{ArgumentProblem, GpuProblem};
 use crate::element::Dtype;
 
 /// The files, in the order in which data flows through them.
-pub static FILES: &[File] = &[ADAMW];
+pub static FILES: &[File] = &[QUANTIZE, DOUBLE_QUANT, DEQUANTIZE, ADAMW];
 
 /// The file of that name.
 ///
@@ -31,6 +32,16 @@ macro_rules! parameters {
     };
 }
 
+/// All dtypes, on all cards.
+const ALL_DTYPES: &[(Dtype, u32)] = &[
+    (Dtype::F32, OLDEST),
+    (Dtype::F16, OLDEST),
+    (Dtype::Bf16, OLDEST),
+];
+
+/// Codes of all widths.
+const ALL_WIDTHS: &[u32] = &[2, 4, 8];
+
 /// A grid of so many blocks, in which every block works until nothing is left: no more of them
 /// than `per_processor` for each multiprocessor. None where there is no block.
 fn looping(blocks: u64, block: u32, per_processor: u32, card: &Card) -> Option<Geometry> {
@@ -42,6 +53,122 @@ fn looping(blocks: u64, block: u32, per_processor: u32, card: &Card) -> Option<G
         dynamic_bytes: 0,
     })
 }
+
+/// Bytes that a thread of `quantize` and `dequantize` reads or writes at a time, in four vectors.
+const THREAD_BYTES: u64 = 4 * 16;
+
+// --- quantize -----------------------------------------------------------------------------------
+
+const QUANTIZE: File = File {
+    name: "quantize",
+    text: include_str!("../../cuda/quantize.cu"),
+    exact: true,
+    dtypes: ALL_DTYPES,
+    code_bits: ALL_WIDTHS,
+    kernels: &[Kernel {
+        name: "fourbit_quantize",
+        parameters: parameters![
+            input: Pointer,
+            packed: Pointer,
+            absmax: Pointer,
+            count: Count,
+            first_bad: Pointer,
+        ],
+        geometry: elementwise_geometry,
+    }],
+};
+
+/// 64 bytes of elements a thread at a time, and eight blocks of 256 threads fill a multiprocessor.
+fn elementwise_geometry(
+    arguments: &Arguments,
+    specialisation: &Specialisation,
+    card: &Card,
+) -> Result<Option<Geometry>, ArgumentProblem> {
+    let tile = 256 * THREAD_BYTES / specialisation.dtype.size() as u64;
+    Ok(looping(arguments.get("count").div_ceil(tile), 256, 8, card))
+}
+
+// --- double quantization ------------------------------------------------------------------------
+
+/// Scales are `f32` and their codebook is the signed dynamic map: there is one specialisation.
+const DOUBLE_QUANT: File = File {
+    name: "double_quant",
+    text: include_str!("../../cuda/double_quant.cu"),
+    exact: true,
+    dtypes: &[(Dtype::F32, OLDEST)],
+    code_bits: &[4],
+    kernels: &[
+        Kernel {
+            name: "fourbit_absmax_sums",
+            parameters: parameters![absmax: Pointer, count: Count, sums: Pointer],
+            geometry: |arguments, _, card| {
+                // Eight chunks of 1024 scales a block, one a warp.
+                Ok(looping(
+                    arguments.get("count").div_ceil(8 * 1024),
+                    256,
+                    8,
+                    card,
+                ))
+            },
+        },
+        Kernel {
+            name: "fourbit_absmax_encode",
+            parameters: parameters![
+                absmax: Pointer,
+                count: Count,
+                sums: Pointer,
+                codes: Pointer,
+                nested_absmax: Pointer,
+                nested_offset: Pointer,
+                first_bad: Pointer,
+            ],
+            geometry: |arguments, _, card| {
+                // Eight blocks of 256 scales a block, one a warp.
+                Ok(looping(
+                    arguments.get("count").div_ceil(8 * 256),
+                    256,
+                    8,
+                    card,
+                ))
+            },
+        },
+        Kernel {
+            name: "fourbit_absmax_decode",
+            parameters: parameters![
+                codes: Pointer,
+                nested_absmax: Pointer,
+                nested_offset: Pointer,
+                count: Count,
+                absmax: Pointer,
+            ],
+            geometry: |arguments, _, card| {
+                Ok(looping(arguments.get("count").div_ceil(256), 256, 8, card))
+            },
+        },
+    ],
+};
+
+// --- dequantize ---------------------------------------------------------------------------------
+
+const DEQUANTIZE: File = File {
+    name: "dequantize",
+    text: include_str!("../../cuda/dequantize.cu"),
+    exact: true,
+    dtypes: ALL_DTYPES,
+    code_bits: ALL_WIDTHS,
+    kernels: &[Kernel {
+        name: "fourbit_dequantize",
+        parameters: parameters![
+            packed: Pointer,
+            absmax: Pointer,
+            nested_absmax: OptionalPointer,
+            nested_offset: OptionalPointer,
+            output: Pointer,
+            count: Count,
+        ],
+        geometry: elementwise_geometry,
+    }],
+};
 
 // --- AdamW --------------------------------------------------------------------------------------
 
@@ -67,7 +194,11 @@ const ADAMW: File = File {
     ],
 };
 
-fn adamw_geometry(arguments: &Arguments, card: &Card) -> Result<Option<Geometry>, ArgumentProblem> {
+fn adamw_geometry(
+    arguments: &Arguments,
+    _: &Specialisation,
+    card: &Card,
+) -> Result<Option<Geometry>, ArgumentProblem> {
     // Eight tiles a block, one a warp.
     Ok(looping(arguments.get("tiles").div_ceil(8), 256, 8, card))
 }

@@ -89,6 +89,7 @@ pub fn build(
 #[derive(Debug)]
 pub struct Program {
     file: &'static File,
+    specialisation: Specialisation,
     context: Context,
     functions: Vec<Loaded>,
 }
@@ -111,7 +112,7 @@ impl Program {
         compiler: &Compiler,
         cache: Option<&Cache>,
         file: &'static File,
-        specialisation: &Specialisation,
+        specialisation: Specialisation,
         device: u32,
     ) -> Result<(Self, Option<Error>), GpuProblem> {
         let context = driver()?.context(device)?;
@@ -119,7 +120,7 @@ impl Program {
             compiler,
             cache,
             file,
-            specialisation,
+            &specialisation,
             context.card.capability,
         )?;
         let names = file
@@ -143,6 +144,7 @@ impl Program {
             .collect();
         let program = Self {
             file,
+            specialisation,
             context,
             functions,
         };
@@ -165,7 +167,9 @@ impl Program {
     ) -> Result<(), GpuProblem> {
         let kernel = self.file.kernel(kernel)?;
         let arguments = kernel.arguments(values)?;
-        let Some(geometry) = kernel.geometry(&arguments, &self.context.card)? else {
+        let Some(geometry) =
+            kernel.geometry(&arguments, &self.specialisation, &self.context.card)?
+        else {
             return Ok(());
         };
         let Some(loaded) = self

@@ -161,7 +161,7 @@ impl CudaProgram {
         let specialisation = specialisation(dtype, block_size, codebook, double_quant)?;
         let (compiler, file) = (compiler()?, file(kernel)?);
         let (program, not_kept) = py
-            .detach(|| Program::load(compiler, cache().as_ref(), file, &specialisation, device))
+            .detach(|| Program::load(compiler, cache().as_ref(), file, specialisation, device))
             .map_err(|error| to_python(&error.into()))?;
         warn_not_kept(py, not_kept.as_ref())?;
         Ok(Self(program))

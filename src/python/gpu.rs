@@ -10,7 +10,7 @@ use crate::element::Dtype;
 use crate::gpu::kernel::{Card, File, Value};
 use crate::gpu::kernels::{self, FILES};
 use crate::gpu::source::{Specialisation, translation_unit};
-use crate::{BlockSize, codebook};
+use crate::{BlockSize, Error, codebook};
 
 /// The kernel files of `cuda/`, by name, each with the dtypes it can be compiled for and the
 /// oldest architecture of each (as 10 major + minor), the widths of codes, and its kernels, each
@@ -58,24 +58,44 @@ pub(super) fn kernel_source(
 /// with so many multiprocessors: blocks, threads of a block, bytes of dynamic shared memory; None
 /// where there is nothing to do.
 #[pyfunction]
-#[pyo3(signature = (file_name, kernel, arguments, *, capability, processors))]
+#[pyo3(signature = (
+    file_name, kernel, arguments, *, capability, processors, dtype, block_size=64, codebook=None,
+    double_quant=false
+))]
 pub(super) fn kernel_geometry(
     file_name: &str,
     kernel: &str,
     arguments: Vec<Bound<'_, PyAny>>,
     capability: u32,
     processors: u32,
+    dtype: &str,
+    block_size: u64,
+    codebook: Option<&Codebook>,
+    double_quant: bool,
 ) -> PyResult<Option<([u32; 3], u32, u32)>> {
     let card = Card {
         capability,
         processors,
     };
+    let specialisation = specialisation(dtype, block_size, codebook, double_quant)?;
     let values = values(&arguments)?;
     let geometry = file(file_name)?
         .kernel(kernel)
-        .and_then(|kernel| kernel.geometry(&kernel.arguments(&values)?, &card))
+        .and_then(|kernel| kernel.geometry(&kernel.arguments(&values)?, &specialisation, &card))
         .map_err(|error| to_python(&error.into()))?;
     Ok(geometry.map(|geometry| (geometry.grid, geometry.block, geometry.dynamic_bytes)))
+}
+
+/// Raises the error of a tensor whose element of that index is not finite.
+#[pyfunction]
+pub(super) fn raise_non_finite(index: u64, value: f32) -> PyResult<()> {
+    Err(to_python(&Error::NonFinite { index, value }))
+}
+
+/// Raises the error of scales that 8 bits would round to infinity.
+#[pyfunction]
+pub(super) fn raise_scale_overflow() -> PyResult<()> {
+    Err(to_python(&Error::ScaleOverflow))
 }
 
 pub(super) fn file(name: &str) -> PyResult<&'static File> {

@@ -34,7 +34,9 @@ mod _core {
     #[pymodule_export]
     use super::errors::{CheckpointError, CudaError, NonFiniteError};
     #[pymodule_export]
-    use super::gpu::{kernel_geometry, kernel_register, kernel_source};
+    use super::gpu::{
+        kernel_geometry, kernel_register, kernel_source, raise_non_finite, raise_scale_overflow,
+    };
     #[pymodule_export]
     use super::optimizer::{adamw8_step, adamw32_step};
     #[pymodule_export]

@@ -1,0 +1,257 @@
+"""The operators of `ops` for CUDA tensors: checks, memory from torch, and launches of the kernels.
+
+Everything runs on torch's current stream of the tensors' own device, so that a stream of another
+device can never be meant. Outputs and workspace come from torch's caching allocator, which keeps
+what a stream frees for the same stream: one decoded weight's memory serves layer after layer. So
+all of this may be captured in a CUDA graph, but for `quantize` and `quantize_absmax`, which must
+look at the result to raise for numbers that are not finite.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fourbit import _core, nvrtc
+from fourbit.codebook import by_name
+from fourbit.layout import NESTED_BLOCK_SIZE, block_count, packed_bytes
+from fourbit.ops import check_device, check_float, check_operand, float_bytes, float_values
+
+# Scales that `fourbit_absmax_sums` adds as a unit; part of the format, as src/double_quant.rs says.
+_CHUNK = 1024
+
+
+@cache
+def _program(
+    kernel: str, device: int, dtype: torch.dtype, block_size: int, codebook: str, double_quant: bool
+) -> _core.CudaProgram:
+    """A kernel file, compiled and loaded; later calls give the same one."""
+    nvrtc.load()
+    return _core.CudaProgram(
+        kernel,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        block_size=block_size,
+        codebook=by_name(codebook).core,
+        double_quant=double_quant,
+    )
+
+
+def general_program(kernel: str, device: torch.device) -> _core.CudaProgram:
+    """The program of a kernel file that has a single specialisation."""
+    return _program(kernel, _ordinal(device), torch.float32, 64, "nf4", False)
+
+
+def stream_of(device: torch.device) -> int:
+    """Torch's current stream of a device, as the driver's handle."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _ordinal(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _check_not_capturing(what: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} looks at its result to find numbers that are not finite, which a CUDA graph "
+            "cannot; call it before the capture"
+        )
+
+
+def _check_length(what: str, tensor: Tensor, expected: int) -> None:
+    if tensor.numel() != expected:
+        raise ValueError(f"{what} has {tensor.numel()} elements where the layout needs {expected}")
+
+
+def _check_bytes(what: str, tensor: Tensor, device: torch.device, expected: int) -> None:
+    """A part of a quantized tensor: uint8, on the device, of the size that the layout needs."""
+    if tensor.dtype != torch.uint8:
+        raise TypeError(f"{what} is {tensor.dtype} where uint8 is needed")
+    if tensor.device != device:
+        raise RuntimeError(f"{what} is on {tensor.device} and the codes are on {device}; move one")
+    _check_length(what, tensor, expected)
+
+
+def quantize(input: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:  # noqa: A002
+    """`ops.quantize`."""
+    check_float(input, "the input")
+    book = by_name(codebook)
+    blocks = block_count(input.numel(), block_size)
+    count = input.numel()
+    packed = input.new_empty((packed_bytes(count, book.code_bits), 1), dtype=torch.uint8)
+    absmax = input.new_empty(blocks, dtype=torch.float32)
+    if count == 0:
+        return packed, absmax
+    _check_not_capturing("quantize")
+    source = input.detach().contiguous()
+    # Above every index.
+    first_bad = torch.full((1,), -1, dtype=torch.int64, device=input.device)
+    program = _program("quantize", _ordinal(input.device), input.dtype, block_size, codebook, False)
+    pointers = (source.data_ptr(), packed.data_ptr(), absmax.data_ptr())
+    program.launch(
+        "fourbit_quantize", stream_of(input.device), (*pointers, count, first_bad.data_ptr())
+    )
+    index = int(first_bad.item())
+    if index >= 0:
+        _core.raise_non_finite(index, float(source.view(-1)[index].item()))
+    return packed, absmax
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`ops.dequantize`."""
+    output = torch.empty(shape, dtype=dtype, device=packed.device)
+    check_float(output, "dtype")
+    return _decode(packed, absmax, nested_absmax, nested_offset, codebook, block_size, output)
+
+
+def _decode(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    output: Tensor,
+) -> Tensor:
+    """One launch: scales, decoded on the way where they are quantized too, times values."""
+    count, device = output.numel(), packed.device
+    codes, scales = _weight_pointers(
+        packed, absmax, nested_absmax, nested_offset, codebook, block_size, count
+    )
+    if count == 0:
+        return output
+    program = _program(
+        "dequantize",
+        _ordinal(device),
+        output.dtype,
+        block_size,
+        codebook,
+        nested_absmax is not None,
+    )
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (codes, *scales, output)]
+    program.launch("fourbit_dequantize", stream_of(device), (*pointers, count))
+    return output
+
+
+def _weight_pointers(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    count: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Codes and scales as kernels take them: checked, contiguous, aligned."""
+    device = packed.device
+    blocks = block_count(count, block_size)
+    _check_bytes("packed", packed, device, packed_bytes(count, by_name(codebook).code_bits))
+    codes = packed.contiguous()
+    if nested_absmax is None:
+        _check_bytes("absmax", absmax, device, 4 * blocks)
+        return codes, (float_values(absmax), None, None)
+    if nested_offset is None:
+        raise ValueError("nested_absmax is given without nested_offset")
+    nested_blocks = block_count(blocks, NESTED_BLOCK_SIZE)
+    _check_bytes("absmax", absmax, device, blocks)
+    _check_bytes("nested_absmax", nested_absmax, device, 4 * nested_blocks)
+    _check_bytes("nested_offset", nested_offset, device, 4)
+    return codes, (absmax.contiguous(), float_values(nested_absmax), float_values(nested_offset))
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.quantize_absmax`."""
+    if absmax.dtype != torch.float32:
+        raise TypeError(f"absmax is {absmax.dtype} where torch.float32 is needed")
+    count, device = absmax.numel(), absmax.device
+    codes = absmax.new_empty(count, dtype=torch.uint8)
+    nested = absmax.new_empty(block_count(count, NESTED_BLOCK_SIZE))
+    offset = absmax.new_zeros(1)
+    if count > 0:
+        _check_not_capturing("quantize_absmax")
+        source = absmax.contiguous()
+        sums = absmax.new_empty(block_count(count, _CHUNK), dtype=torch.float64)
+        # The first scale that is not finite, and the first that 8 bits round to infinity.
+        first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)
+        program, stream = general_program("double_quant", device), stream_of(device)
+        program.launch("fourbit_absmax_sums", stream, (source.data_ptr(), count, sums.data_ptr()))
+        outputs = [tensor.data_ptr() for tensor in (sums, codes, nested, offset, first_bad)]
+        program.launch("fourbit_absmax_encode", stream, (source.data_ptr(), count, *outputs))
+        index, overflow = first_bad.tolist()
+        if index >= 0:
+            shifted = source.view(-1)[index] - offset[0]
+            _core.raise_non_finite(index, float(shifted.item()))
+        if overflow >= 0:
+            _core.raise_scale_overflow()
+    return codes, float_bytes(nested), float_bytes(offset)
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """`ops.dequantize_absmax`."""
+    count, device = codes.numel(), codes.device
+    _check_bytes("codes", codes, device, count)
+    blocks = block_count(count, NESTED_BLOCK_SIZE)
+    _check_bytes("nested_absmax", nested_absmax, device, 4 * blocks)
+    _check_bytes("nested_offset", nested_offset, device, 4)
+    absmax = codes.new_empty(count, dtype=torch.float32)
+    if count > 0:
+        parts = (codes.contiguous(), float_values(nested_absmax), float_values(nested_offset))
+        pointers = [part.data_ptr() for part in parts]
+        program = general_program("double_quant", device)
+        arguments = (*pointers, count, absmax.data_ptr())
+        program.launch("fourbit_absmax_decode", stream_of(device), arguments)
+    return absmax
+
+
+def linear(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """`ops.linear`: the weight is decoded and multiplied by the vendor's GEMM."""
+    check_operand(x, in_features, "the input")
+    check_device(x, packed)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    scales = (absmax, nested_absmax, nested_offset)
+    weight = torch.empty((out_features, in_features), dtype=x.dtype, device=x.device)
+    _decode(packed, *scales, codebook, block_size, weight)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def linear_transposed(
+    y: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """`ops.linear_transposed`: as `linear`."""
+    check_operand(y, out_features, "the gradient")
+    check_device(y, packed)
+    scales = (absmax, nested_absmax, nested_offset)
+    weight = torch.empty((out_features, in_features), dtype=y.dtype, device=y.device)
+    return y @ _decode(packed, *scales, codebook, block_size, weight)
