@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ OPTIONS = (
     "-Wno-unknown-pragmas -x c++"
 ).split()
 ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-GUARD_BYTES = 256
+ALIGNMENT = 256
+GUARD_BYTES = 64 << 10
 GUARD = 0xFF  # as floats of any width, NaN
 
 Edit: TypeAlias = Callable[[str], str]
@@ -58,6 +60,14 @@ class Specialisation:
     block_size: int = 64
     codebook: Codebook = field(default_factory=lambda: by_name("nf4"))
     double_quant: bool = False
+
+
+def unavailable() -> str | None:
+    """Why kernels cannot run on this machine, if so: for ``pytest.mark.skipif``."""
+    if sys.platform != "linux":
+        return "kernels run on the CPU on Linux alone: their shared memory is a section of ELF"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"no C++ compiler {compiler}"
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -155,7 +165,8 @@ class Kernels:
             grid: blocks, up to three numbers.
             block: threads of a block, likewise.
             dynamic_bytes: of shared memory.
-            order: in which threads run: 0, 1 in reverse, any other shuffled with that seed.
+            order: in which threads run: 0, or 1 for the reverse; 2 and 3: the first or the last
+                warp as far ahead of the others as it can; 4 and above: shuffled with that seed.
             eager_copies: whether background copies arrive at once, or only when waited for.
 
         Raises:
@@ -240,8 +251,8 @@ class Buffer:
         self._dtype, self._shape = tensor.dtype, tensor.shape
         content = tensor.contiguous().reshape(-1).view(torch.uint8)
         self._count = len(content)
-        self._whole = torch.full((self._count + 4 * GUARD_BYTES,), GUARD, dtype=torch.uint8)
-        self._start = -self._whole.data_ptr() % GUARD_BYTES + GUARD_BYTES + misaligned_by
+        self._whole = torch.full((self._count + 2 * GUARD_BYTES + 2 * ALIGNMENT,), GUARD, dtype=torch.uint8)
+        self._start = -self._whole.data_ptr() % ALIGNMENT + GUARD_BYTES + misaligned_by
         self._content().copy_(content)
 
     @classmethod
