@@ -22,7 +22,7 @@ def test_lazy_names_agree_with_the_typed_imports() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    eager = {"CheckpointError", "NonFiniteError", "__version__"}
+    eager = {"CheckpointError", "CudaError", "NonFiniteError", "__version__"}
     assert set(typed) == set(fourbit._MODULE_OF) == set(fourbit.__all__) - eager
     for name, module in typed.items():
         assert getattr(fourbit, name) is getattr(importlib.import_module(str(module)), name)

@@ -1,0 +1,219 @@
+"""The CUDA operators without a GPU: their own code, with launches run by the emulator.
+
+Tensors are on the CPU, and in place of a loaded program stands one that runs the kernel of the same
+file, for the same specialisation, with the launch geometry of the register. What is shown: which
+kernels are called, with which arguments, and what becomes of their results.
+"""
+
+import pytest
+import torch
+
+import emulate
+import fourbit
+from fourbit import _core, cuda_ops, ops
+from fourbit.codebook import Codebook, by_name
+
+if emulate.unavailable():
+    pytest.skip(emulate.unavailable(), allow_module_level=True)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CAPABILITY, PROCESSORS = 80, 1
+
+
+class EmulatedProgram:
+    def __init__(self, kernel, device, dtype, block_size, codebook, double_quant):
+        assert device == 0
+        book = by_name(codebook)
+        self.file = kernel
+        self.options = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "block_size": block_size,
+            "codebook": book.core,
+            "double_quant": double_quant,
+        }
+        specialisation = emulate.Specialisation(dtype, block_size, book, double_quant)
+        (self.kernels,) = emulate.load(kernel, [specialisation])
+
+    def launch(self, kernel, stream, arguments):
+        assert stream == 0
+        geometry = _core.kernel_geometry(
+            self.file,
+            kernel,
+            arguments,
+            capability=CAPABILITY,
+            processors=PROCESSORS,
+            **self.options,
+        )
+        if geometry is not None:
+            grid, block, dynamic_bytes = geometry
+            self.kernels.launch(
+                kernel, *arguments, grid=tuple(grid), block=block, dynamic_bytes=dynamic_bytes
+            )
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch):
+    monkeypatch.setattr(cuda_ops, "_program", EmulatedProgram)
+    monkeypatch.setattr(cuda_ops, "stream_of", lambda device: 0)
+    monkeypatch.setattr(cuda_ops, "_ordinal", lambda device: 0)
+    monkeypatch.setattr(cuda_ops, "_check_not_capturing", lambda what: None)
+
+
+def numbers(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (64,), (7, 333), (3, 5, 700)])
+def test_quantize_and_back_as_on_the_cpu(dtype, shape):
+    x = numbers(*shape, dtype=dtype)
+    packed, absmax = cuda_ops.quantize(x, "nf4", 64)
+    expected = ops.quantize(x, "nf4", 64)
+    assert torch.equal(packed, expected[0])
+    assert torch.equal(absmax, expected[1])
+    scales = ops.float_bytes(absmax), None, None
+    restored = cuda_ops.dequantize(packed, *scales, "nf4", 64, list(shape), dtype)
+    assert torch.equal(restored, ops.dequantize(packed, *scales, "nf4", 64, shape, dtype))
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 1025, 5000])
+def test_double_quantization_as_on_the_cpu(count):
+    absmax = numbers(count).abs()
+    parts = cuda_ops.quantize_absmax(absmax)
+    expected = ops.quantize_absmax(absmax)
+    for ours, theirs in zip(parts, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(cuda_ops.dequantize_absmax(*parts), ops.dequantize_absmax(*expected))
+
+
+@pytest.mark.parametrize("name", ["fp4", "int4", "emulated-two-bit"])
+def test_codebooks_with_quantized_scales(name):
+    if name == "emulated-two-bit":
+        Codebook({0: 1.0, 1: -1.0, 3: 0.25}, ties="upper", name=name)
+    x = numbers(3, 1000, dtype=torch.bfloat16)
+    packed, absmax = cuda_ops.quantize(x, name, 128)
+    parts = cuda_ops.quantize_absmax(absmax)
+    arguments = (packed, *parts, name, 128, [3, 1000], torch.float16)
+    assert torch.equal(cuda_ops.dequantize(*arguments), ops.dequantize(*arguments))
+
+
+def test_nothing_is_launched_for_nothing():
+    empty = torch.empty(3, 0)
+    packed, absmax = cuda_ops.quantize(empty, "nf4", 64)
+    assert (packed.shape, absmax.shape) == ((0, 1), (0,))
+    parts = cuda_ops.quantize_absmax(absmax)
+    expected = ops.quantize_absmax(absmax)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in expected]
+    assert cuda_ops.dequantize_absmax(*parts).shape == (0,)
+    restored = cuda_ops.dequantize(packed, *parts, "nf4", 64, [3, 0], torch.float32)
+    assert restored.shape == (3, 0)
+
+
+def test_strided_input_and_misaligned_parts():
+    x = numbers(40, 50)[:, ::2]
+    packed, absmax = cuda_ops.quantize(x, "nf4", 32)
+    expected = ops.quantize(x.contiguous(), "nf4", 32)
+    assert torch.equal(packed, expected[0])
+    moved = torch.empty(4 * absmax.numel() + 1, dtype=torch.uint8)[1:]
+    moved.copy_(ops.float_bytes(absmax))
+    wide = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:]
+    wide.copy_(packed.view(-1))
+    for codes in (packed, wide, packed.view(-1).repeat_interleave(2)[::2]):
+        restored = cuda_ops.dequantize(codes, moved, None, None, "nf4", 32, [1000], torch.float32)
+        plain = ops.float_bytes(absmax), None, None
+        assert torch.equal(
+            restored, ops.dequantize(packed, *plain, "nf4", 32, (1000,), torch.float32)
+        )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_first_number_that_is_not_finite_is_named_as_on_the_cpu(bad):
+    x = numbers(9000)
+    x[[4321, 8999]] = bad
+    with pytest.raises(fourbit.NonFiniteError) as ours:
+        cuda_ops.quantize(x, "nf4", 64)
+    with pytest.raises(fourbit.NonFiniteError) as theirs:
+        ops.quantize(x, "nf4", 64)
+    assert str(ours.value) == str(theirs.value)
+    assert "element 4321" in str(ours.value)
+
+
+def test_scales_that_cannot_be_quantized_are_refused_as_on_the_cpu():
+    absmax = torch.full((100,), torch.finfo(torch.float32).max)
+    absmax[:40] = 0
+    for quantize_absmax in (cuda_ops.quantize_absmax, ops.quantize_absmax):
+        with pytest.raises(ValueError, match="too large for its scale"):
+            quantize_absmax(absmax)
+    absmax[7] = float("inf")
+    messages = []
+    for quantize_absmax in (cuda_ops.quantize_absmax, ops.quantize_absmax):
+        with pytest.raises(fourbit.NonFiniteError) as error:
+            quantize_absmax(absmax)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def weight(out_features=48, in_features=200, dtype=torch.float32):
+    dense = numbers(out_features, in_features)
+    quantized = fourbit.quantize(dense, block_size=64)
+    parts = (quantized.packed, quantized.absmax, quantized.nested_absmax, quantized.nested_offset)
+    layout = ("nf4", 64, out_features, in_features)
+    return quantized.dequantize(dtype), (*parts, *layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [(), (1,), (3,), (2, 9), (70,), (0,)])
+def test_products(dtype, rows):
+    dense, packed = weight(dtype=dtype)
+    x, y = numbers(*rows, 200, dtype=dtype), numbers(*rows, 48, dtype=dtype)
+    bias = numbers(48)
+    exact = x.double() @ dense.double().T + bias.to(dtype).double()
+    error = (cuda_ops.linear(x, bias, *packed).double() - exact).abs()
+    # Sums of 200 terms in float32 and one rounding at the end.
+    bound = torch.finfo(dtype).eps * exact.abs() + 200 * 2**-24 * (
+        x.double().abs() @ dense.double().abs().T
+    )
+    assert bool((error <= bound).all())
+    exact = y.double() @ dense.double()
+    error = (cuda_ops.linear_transposed(y, *packed).double() - exact).abs()
+    bound = torch.finfo(dtype).eps * exact.abs() + 48 * 2**-24 * (
+        y.double().abs() @ dense.double().abs()
+    )
+    assert bool((error <= bound).all())
+    assert error.shape == (*rows, 200)
+
+
+def test_parts_of_the_wrong_size_dtype_or_place_are_named():
+    _, packed = weight()
+    x = numbers(2, 200)
+
+    def linear(**changes):
+        names = ["packed", "absmax", "nested_absmax", "nested_offset"]
+        parts = {**dict(zip(names, packed[:4], strict=True)), **changes}
+        return cuda_ops.linear(x, None, *parts.values(), *packed[4:])
+
+    linear()
+    for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
+        part = dict(
+            zip(["packed", "absmax", "nested_absmax", "nested_offset"], packed, strict=False)
+        )
+        tensor = part[name].view(-1)
+        for changed in (tensor[:-1], torch.cat([tensor, tensor[:1]])):
+            with pytest.raises(ValueError, match=f"{name} has .* elements where the layout needs"):
+                linear(**{name: changed})
+        with pytest.raises(TypeError, match=f"{name} is torch.int8 where uint8"):
+            linear(**{name: tensor.to(torch.int8)})
+        with pytest.raises(RuntimeError, match="on meta"):
+            linear(**{name: tensor.to("meta")})
+    with pytest.raises(ValueError, match="without nested_offset"):
+        linear(nested_offset=None)
+    with pytest.raises(ValueError, match="block size 48"):
+        cuda_ops.quantize(x, "nf4", 48)
+    with pytest.raises(TypeError, match="float64"):
+        cuda_ops.quantize(x.double(), "nf4", 64)
+    with pytest.raises(TypeError, match="int32"):
+        cuda_ops.dequantize(*packed[:6], [48, 200], torch.int32)
+    with pytest.raises(ValueError, match="unknown codebook"):
+        cuda_ops.quantize(x, "nf5", 64)
+    with pytest.raises(ValueError, match="features in its last dimension"):
+        cuda_ops.linear(x[:, 1:], None, *packed)
