@@ -60,13 +60,15 @@ __device__ __forceinline__ float value_of(const u8* table, u32 copy, u32 word, u
     return *reinterpret_cast<const float*>(table + (offset | copy));
 }
 
-__device__ __forceinline__ Wide pack(const float (&numbers)[LANE_ELEMENTS]) {
+template <class T>
+__device__ __forceinline__ Wide pack(const float (&numbers)[16 / sizeof(T)]) {
     Wide vector;
+#pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        if constexpr (sizeof(Element) == 4) {
+        if constexpr (sizeof(T) == 4) {
             vector.words[i] = float_to_bits(numbers[i]);
         } else {
-            vector.words[i] = pack_pair<Element>(numbers[2 * i], numbers[2 * i + 1]);
+            vector.words[i] = pack_pair<T>(numbers[2 * i], numbers[2 * i + 1]);
         }
     }
     return vector;
@@ -116,20 +118,23 @@ fourbit_dequantize(const u8* __restrict__ packed, const Scale* __restrict__ absm
         }
         const auto* const source = reinterpret_cast<const Packed*>(packed + tile / BYTE_ELEMENTS);
         Packed codes[VECTORS];
+#pragma unroll
         for (u32 v = 0; v < VECTORS; ++v) codes[v] = load_aligned(source + v * WARP + lane);
         // Each lane decodes one scale of the tile; then it asks the one that has its own.
         const float owned_scale = scale_of(tile / BLOCK_SIZE + lane % TILE_BLOCKS);
         auto* const target = reinterpret_cast<Wide*>(output + tile);
+#pragma unroll
         for (u32 v = 0; v < VECTORS; ++v) {
             const u32 owner = v * WARP_ELEMENTS / BLOCK_SIZE + lane * LANE_ELEMENTS / BLOCK_SIZE;
             const float scale =
                 TILE_BLOCKS == 1 ? owned_scale : __shfl_sync(ALL_LANES, owned_scale, owner);
             float numbers[LANE_ELEMENTS];
+#pragma unroll
             for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
                 const u32 word = codes[v].elements[i / WORD_ELEMENTS];
                 numbers[i] = value_of(values, copy, word, i % WORD_ELEMENTS) * scale;
             }
-            store_wide(target + v * WARP + lane, pack(numbers));
+            store_wide(target + v * WARP + lane, pack<Element>(numbers));
         }
     }
 }

@@ -23,6 +23,7 @@ fourbit_absmax_sums(const float* __restrict__ absmax, i64 count, double* __restr
          chunk += i64(gridDim.x) * WARPS) {
         const i64 first = chunk * CHUNK + lane;
         float scales[CHUNK / WARP];
+#pragma unroll
         for (u32 i = 0; i < CHUNK / WARP; ++i) {
             const i64 index = first + i * WARP;
             scales[i] = index < count ? absmax[index] : 0.0f;
@@ -127,6 +128,7 @@ fourbit_absmax_encode(const float* __restrict__ absmax, i64 count, const double*
         const i64 first = block * NESTED_BLOCK_SIZE + lane;
         float shifted[LANE_SCALES];
         u32 largest = 0;
+#pragma unroll
         for (u32 i = 0; i < LANE_SCALES; ++i) {
             const i64 index = first + i * WARP;
             shifted[i] = index < count ? absmax[index] - offset : 0.0f;
@@ -141,6 +143,7 @@ fourbit_absmax_encode(const float* __restrict__ absmax, i64 count, const double*
         const float inverse = inverse_of_scale(scale);
         if (lane == 0) nested_absmax[block] = scale;
         const bool may_overflow = !(scale + (offset < 0.0f ? -offset : offset) <= LARGEST_FLOAT);
+#pragma unroll
         for (u32 i = 0; i < LANE_SCALES; ++i) {
             const i64 index = first + i * WARP;
             if (index >= count) break;

@@ -173,6 +173,7 @@ using Elements = Pack<Element, LANE_ELEMENTS>;
 // Zeros stand for elements behind the end: they change no scale, and fill a last byte.
 __device__ __forceinline__ Wide load_part(const Element* input, i64 first, i64 count) {
     Elements elements{};
+#pragma unroll
     for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
         if (first + i < count) elements.elements[i] = input[first + i];
     }
@@ -181,31 +182,35 @@ __device__ __forceinline__ Wide load_part(const Element* input, i64 first, i64 c
 
 // The bits of the largest magnitude of a vector, as a float. Magnitudes have the order of their
 // bits, with infinity and the NaNs above all numbers.
-__device__ __forceinline__ u32 largest_magnitude(const Wide& vector) {
-    if constexpr (sizeof(Element) == 4) {
-        u32 largest = 0;
-        for (const u32 word : vector.words) largest = max(largest, word & 0x7fffffffu);
+template <class T> __device__ __forceinline__ u32 largest_magnitude(const Wide& vector) {
+    if constexpr (sizeof(T) == 4) {
+        u32 largest = vector.words[0] & 0x7fffffffu;
+#pragma unroll
+        for (u32 i = 1; i < 4; ++i) largest = max(largest, vector.words[i] & 0x7fffffffu);
         return largest;
     } else {
         u32 pair = vector.words[0] & 0x7fff7fffu;
+#pragma unroll
         for (u32 i = 1; i < 4; ++i) {
-            pair = larger_pair<Element>(pair, vector.words[i] & 0x7fff7fffu);
+            pair = larger_pair<T>(pair, vector.words[i] & 0x7fff7fffu);
         }
         float low, high;
-        unpack_pair<Element>(pair, low, high);
+        unpack_pair<T>(pair, low, high);
         return max(float_to_bits(low), float_to_bits(high));
     }
 }
 
 // The codes of a vector, given what `normalise` takes.
+template <class T>
 __device__ __forceinline__ Pack<Word, WORDS> encode(const Codes& codes, const Wide& vector,
                                                     float inverse, bool lifted) {
     float numbers[LANE_ELEMENTS];
+#pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        if constexpr (sizeof(Element) == 4) {
+        if constexpr (sizeof(T) == 4) {
             numbers[i] = bits_to_float(vector.words[i]);
         } else {
-            unpack_pair<Element>(vector.words[i], numbers[2 * i], numbers[2 * i + 1]);
+            unpack_pair<T>(vector.words[i], numbers[2 * i], numbers[2 * i + 1]);
         }
     }
     if (lifted) {
@@ -214,8 +219,10 @@ __device__ __forceinline__ Pack<Word, WORDS> encode(const Codes& codes, const Wi
         for (float& number : numbers) number *= inverse;
     }
     Pack<Word, WORDS> packed;
+#pragma unroll
     for (u32 w = 0; w < WORDS; ++w) {
         u32 word = 0;
+#pragma unroll
         for (u32 i = 0; i < WORD_ELEMENTS; ++i) {
             word = codes.append(word, numbers[w * WORD_ELEMENTS + i]);
         }
@@ -254,6 +261,7 @@ __device__ __forceinline__ u32 reduce_in_warp(u32 (&largest)[LANE_BLOCKS]) {
     for (u32 step = 1; step < BLOCK_LANES; step *= 2) {
         if (step < LANE_BLOCKS) {
             const bool odd = lane & step;
+#pragma unroll
             for (u32 i = 0; i < LANE_BLOCKS / (2 * step); ++i) {
                 const u32 mine = odd ? largest[2 * i + 1] : largest[2 * i];
                 const u32 theirs = odd ? largest[2 * i] : largest[2 * i + 1];
@@ -294,21 +302,24 @@ fourbit_quantize(const ELEMENT* __restrict__ input, u8* __restrict__ packed,
         const bool whole = aligned && tile + TILE <= count;
         Wide vectors[VECTORS];
         if (whole) {
+#pragma unroll
             for (u32 v = 0; v < VECTORS; ++v) {
                 vectors[v] = load_once(
                     reinterpret_cast<const Wide*>(input + first + v * WARP_ELEMENTS));
             }
         } else {
+#pragma unroll
             for (u32 v = 0; v < VECTORS; ++v) {
                 vectors[v] = load_part(input, first + v * WARP_ELEMENTS, count);
             }
         }
 
         u32 largest[LANE_BLOCKS], of_all = 0;
+#pragma unroll
         for (u32 i = 0; i < LANE_BLOCKS; ++i) {
-            largest[i] = largest_magnitude(vectors[i * BLOCK_VECTORS]);
+            largest[i] = largest_magnitude<Element>(vectors[i * BLOCK_VECTORS]);
             for (u32 v = i * BLOCK_VECTORS + 1; v < (i + 1) * BLOCK_VECTORS; ++v) {
-                largest[i] = max(largest[i], largest_magnitude(vectors[v]));
+                largest[i] = max(largest[i], largest_magnitude<Element>(vectors[v]));
             }
             of_all = i ? max(of_all, largest[i]) : largest[i];
         }
@@ -332,16 +343,18 @@ fourbit_quantize(const ELEMENT* __restrict__ input, u8* __restrict__ packed,
         const float owned_inverse = inverse_of_scale(scale);
         u8* const first_target = packed + (tile / BYTE_ELEMENTS + start / BYTE_ELEMENTS);
         const bool lifted = __any_sync(ALL_LANES, owned_inverse < 0.0f);
+#pragma unroll
         for (u32 v = 0; v < VECTORS; ++v) {
             const float inverse =
                 LANE_BLOCKS == 1
                     ? owned_inverse
                     : __shfl_sync(ALL_LANES, owned_inverse, v / BLOCK_VECTORS, LANE_BLOCKS);
-            const auto bytes = encode(codes, vectors[v], inverse, lifted);
+            const auto bytes = encode<Element>(codes, vectors[v], inverse, lifted);
             u8* const target = first_target + v * (WARP_ELEMENTS / BYTE_ELEMENTS);
             if (whole) {
                 store_aligned(reinterpret_cast<Pack<Word, WORDS>*>(target), bytes);
             } else {
+#pragma unroll
                 for (u32 i = 0; i < CODE_BYTES; ++i) {
                     if (first + v * WARP_ELEMENTS + i * BYTE_ELEMENTS >= count) break;
                     target[i] = u8(bytes.elements[i / WORD_BYTES] >> 8 * (i % WORD_BYTES));
