@@ -1,0 +1,155 @@
+"""Every kernel is compiled by torch's own NVRTC for every architecture; no GPU is needed.
+
+The table of registers and shared memory is printed and written to ``target/kernel-resources.md``.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import resources
+from fourbit import _core, nvrtc
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    try:
+        nvrtc.load()
+    except _core.CudaError as error:
+        pytest.skip(f"no NVRTC: {error}")
+
+
+def test_no_kernel_spills_on_any_architecture(capsys):
+    found = resources.all_usages()
+    table = resources.table(found)
+    with capsys.disabled():
+        print(f"\n{table}")
+    (ROOT / "target").mkdir(exist_ok=True)
+    (ROOT / "target" / "kernel-resources.md").write_text(table)
+    registered = {name for _, _, _, kernels in _core.kernel_register() for name, _ in kernels}
+    for target in resources.TARGETS:
+        compiled = {usage.kernel for usage in found if usage.request.capability == target}
+        missing = registered - compiled
+        old = {
+            name
+            for _, dtypes, _, kernels in _core.kernel_register()
+            for name, _ in kernels
+            if min(oldest for _, oldest in dtypes) > target
+        }
+        assert missing == old, f"not compiled for sm_{target}"
+    assert [usage for usage in found if usage.spill_bytes] == []
+    # More would not fit a block of 256 threads twice into a multiprocessor's 65536.
+    assert [usage for usage in found if usage.registers > 128] == []
+    assert [usage for usage in found if usage.shared_bytes > 48 << 10] == []
+
+
+def cuobjdump() -> str:
+    """NVIDIA's tool, on the path or as triton brings it."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton", reason="cuobjdump comes with triton")
+        found = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+        if not Path(found).exists():
+            pytest.skip("this triton brings no cuobjdump")
+    return found
+
+
+def test_the_log_says_what_the_machine_code_says(tmp_path):
+    tool = cuobjdump()
+    request = resources.Request("adamw", 90, "float32")
+    cubin, log = request.compiled()
+    (tmp_path / "adamw.cubin").write_bytes(cubin)
+    printed = subprocess.run(
+        [tool, "-res-usage", str(tmp_path / "adamw.cubin")],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    told = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", printed)
+    in_code = {name: (int(registers), int(stack)) for name, registers, stack, _ in told}
+    in_log = {u.kernel: (u.registers, u.stack_bytes) for u in resources.usages(request, log)}
+    assert in_code == in_log
+
+
+def test_what_cannot_be_compiled_is_named():
+    with pytest.raises(_core.CudaError, match=r"quantize: it needs a card.*7\.5.*has 7\.0"):
+        _core.compile_kernel("quantize", capability=70, dtype="float32")
+    with pytest.raises(_core.CudaError, match=r"adamw: there is none for bfloat16"):
+        _core.compile_kernel("adamw", capability=80, dtype="bfloat16")
+    with pytest.raises(_core.CudaError, match=r"quantize does not compile for sm_999.*NVRTC \d+"):
+        _core.compile_kernel("quantize", capability=999, dtype="float32")
+    with pytest.raises(ValueError, match="no kernel file is named"):
+        _core.compile_kernel("fft", capability=80, dtype="float32")
+
+
+def in_fresh_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def environment(monkeypatch, **changes: str) -> dict[str, str]:
+    import os
+
+    return {**os.environ, **changes}
+
+
+def test_it_is_found_without_torch_being_imported(monkeypatch):
+    code = (
+        "import sys\n"
+        "from fourbit import nvrtc\n"
+        "path, version = nvrtc.load()\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(path, *version)"
+    )
+    path, major, _ = in_fresh_process(code, **environment(monkeypatch)).rsplit(" ", 2)
+    cuda = nvrtc.torch_cuda()
+    if cuda is not None:
+        assert major == cuda.partition(".")[0]
+    assert Path(path) == nvrtc.load()[0]
+
+
+def test_where_it_is_missing_the_error_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    code = (
+        "from fourbit import _core, nvrtc\n"
+        "try: nvrtc.load()\n"
+        "except _core.CudaError as error: print(error)"
+    )
+    missing = str(tmp_path / "libnvrtc.so")
+    said = in_fresh_process(code, **environment(monkeypatch, FOURBIT_NVRTC=missing))
+    assert missing in said
+    assert "FOURBIT_NVRTC" in said
+    assert "CUDA build of torch" in said
+    # A library that is something else.
+    other = str(next(Path(_core.__file__).parent.glob("_core.*")))
+    said = in_fresh_process(code, **environment(monkeypatch, FOURBIT_NVRTC=other))
+    assert "has no function nvrtcVersion" in said
+
+
+def test_that_of_another_cuda_is_not_taken(monkeypatch, tmp_path):
+    packages = tmp_path / "nvidia"
+    for name in ("cu12/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13", "cu14/lib/libnvrtc.so.14"):
+        (packages / name).parent.mkdir(parents=True)
+        (packages / name).touch()
+    (packages / "cu13/lib/libnvrtc-builtins.so.13.2").touch()
+    folders = sorted(packages.iterdir())
+    monkeypatch.setattr(nvrtc, "_of_packages", lambda: nvrtc._in(folders))
+    monkeypatch.setattr(nvrtc, "_of_prefix", list)
+    monkeypatch.delenv("FOURBIT_NVRTC", raising=False)
+    for cuda, expected in (
+        ("13.2", ["cu13"]),
+        ("12.8", ["cu12"]),
+        (None, ["cu12", "cu13", "cu14"]),
+    ):
+        monkeypatch.setattr(nvrtc, "torch_cuda", lambda cuda=cuda: cuda)
+        paths = [Path(path) for path in nvrtc.candidates()]
+        found = [path.parts[-3] for path in paths if path.is_absolute()]
+        assert found == expected
+        assert not paths[-1].is_absolute(), "the system's own search comes last"
