@@ -68,6 +68,55 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
     T elements[N];
 };
 
+// --- blockwise quantization ---------------------------------------------------------------------
+
+// What the elements of a block are first multiplied by, exactly, where the reciprocal of its scale
+// would overflow: below 2^-128.
+constexpr float SUBNORMAL_LIFT = 0x1p64f;
+constexpr float LARGEST_FLOAT = 0x1.fffffep127f;
+constexpr u32 INFINITY_BITS = 0x7f800000u;
+
+// What `normalise` takes for a scale of at least 0: its reciprocal; 0 for 0; with a minus sign, the
+// reciprocal of scale * SUBNORMAL_LIFT.
+__device__ __forceinline__ float inverse_of_scale(float scale) {
+    if (scale == 0.0f) return 0.0f;
+    const float inverse = __frcp_rn(scale);
+    if (inverse <= LARGEST_FLOAT) return inverse;
+    return -__frcp_rn(scale * SUBNORMAL_LIFT);
+}
+
+__device__ __forceinline__ float normalise(float element, float inverse) {
+    return inverse < 0.0f ? element * SUBNORMAL_LIFT * -inverse : element * inverse;
+}
+
+// A block scale from its value in the nested codebook, each operation rounded, whatever the
+// compiler may fuse elsewhere.
+__device__ __forceinline__ float decode_scale(float value, float nested_absmax, float offset) {
+    return __fadd_rn(__fmul_rn(value, nested_absmax), offset);
+}
+
+// Midpoints as a search tree in heap order: the root is node 1, the children of n are 2 n and
+// 2 n + 1. This is the index of a node's midpoint among the ascending 2^LEVELS - 1; where the
+// codebook has fewer, infinity takes its place. Node n lies in bank n % 32, so the first six levels
+// are free of bank conflicts whatever the lanes look for.
+template <u32 LEVELS> __device__ __forceinline__ u32 index_of_node(u32 node) {
+    u32 next = 2 * node + 1;
+    while (next < 1u << LEVELS) next *= 2;
+    return next - (1u << LEVELS) - 1;
+}
+
+// How many midpoints are below a number (BELOW), or not above it.
+template <u32 LEVELS, bool BELOW = true>
+__device__ __forceinline__ u32 search_tree(const float* tree, float number) {
+    u32 node = 1;
+#pragma unroll
+    for (u32 level = 0; level < LEVELS; ++level) {
+        const float midpoint = tree[node];
+        node = 2 * node + u32(BELOW ? midpoint < number : midpoint <= number);
+    }
+    return node - (1u << LEVELS);
+}
+
 // --- what is not plain C++ ----------------------------------------------------------------------
 
 #ifdef FOURBIT_EMULATED
@@ -87,6 +136,20 @@ __device__ __forceinline__ Wide load_once(const Wide* source) {
 __device__ __forceinline__ void store_once(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
     *target = value;
+}
+template <class T> __device__ __forceinline__ T load_aligned(const T* source) {
+    emulator::check_aligned(source, alignof(T));
+    return *source;
+}
+template <class T> __device__ __forceinline__ void store_aligned(T* target, T value) {
+    emulator::check_aligned(target, alignof(T));
+    *target = value;
+}
+template <class T> __device__ __forceinline__ u32 pack_pair(float low, float high) {
+    return from_float<T>(low).bits | u32(from_float<T>(high).bits) << 16;
+}
+template <class T> __device__ __forceinline__ u32 larger_pair(u32 a, u32 b) {
+    return max(a & 0xffffu, b & 0xffffu) | max(a & 0xffff0000u, b & 0xffff0000u);
 }
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, u32 bytes) {
     emulator::copy_async(shared, global, bytes);
@@ -137,6 +200,52 @@ __device__ __forceinline__ void store_once(Wide* target, Wide value) {
                  "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
                  : "memory");
 }
+
+// One access of all of T, whose alignment the address has.
+template <class T> __device__ __forceinline__ T load_aligned(const T* source) { return *source; }
+template <class T> __device__ __forceinline__ void store_aligned(T* target, T value) {
+    *target = value;
+}
+
+// Two numbers rounded to T, bf16 or f16, in one word. A NaN stays one, with bits of the card's
+// choice.
+template <class T> __device__ __forceinline__ u32 pack_pair(float low, float high);
+template <> __device__ __forceinline__ u32 pack_pair<bf16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return float_to_bf16_bits(low) | u32(float_to_bf16_bits(high)) << 16;
+#endif
+}
+template <> __device__ __forceinline__ u32 pack_pair<f16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return float_to_half(low) | u32(float_to_half(high)) << 16;
+#endif
+}
+
+// Of two pairs of magnitudes of T, bf16 or f16 with the sign bit clear, the larger of each; a NaN
+// is larger than all. Such magnitudes have the order of their bits.
+template <class T> __device__ __forceinline__ u32 larger_pair(u32 a, u32 b) {
+    return max(a & 0xffffu, b & 0xffffu) | max(a & 0xffff0000u, b & 0xffff0000u);
+}
+#if __CUDA_ARCH__ >= 800
+template <> __device__ __forceinline__ u32 larger_pair<bf16>(u32 a, u32 b) {
+    u32 larger;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+template <> __device__ __forceinline__ u32 larger_pair<f16>(u32 a, u32 b) {
+    u32 larger;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+#endif
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
@@ -229,5 +338,82 @@ __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&fragment)[4], co
                  : "r"(shared_address(row))
                  : "memory");
 }
+
+#endif
+
+// Shared memory whose size the launch gives.
+__device__ __forceinline__ u8* dynamic_shared() {
+#ifdef FOURBIT_EMULATED
+    return emulator::dynamic_memory;
+#else
+    extern __shared__ Wide memory[];
+    return reinterpret_cast<u8*>(memory);
+#endif
+}
+
+// --- a quantized weight -------------------------------------------------------------------------
+
+#ifdef DOUBLE_QUANT
+
+[[maybe_unused]] static __device__ const float NESTED_TABLE[256] = NESTED_VALUES;
+
+// The scales of a weight's blocks. Fetching one and decoding it are two steps, so that others can
+// be under way in between.
+struct Scales {
+    // f32 [blocks], or u8 codes [blocks] with double quantization.
+    const void* absmax;
+    // f32 [ceil(blocks / 256)], and f32 [1]; not used without double quantization.
+    const f32* nested_absmax;
+    const f32* nested_offset;
+
+    struct Fetched {
+        u32 code;
+        float absmax;
+    };
+
+    __device__ __forceinline__ Fetched fetch(i64 block) const {
+        if (DOUBLE_QUANT) {
+            return {static_cast<const u8*>(absmax)[block], nested_absmax[block / 256]};
+        }
+        return {0, static_cast<const f32*>(absmax)[block]};
+    }
+
+    __device__ __forceinline__ float decode(const Fetched& fetched, float offset) const {
+        if (DOUBLE_QUANT) return decode_scale(NESTED_TABLE[fetched.code], fetched.absmax, offset);
+        return fetched.absmax;
+    }
+
+    // What `decode` adds; the same for all blocks.
+    __device__ __forceinline__ float offset() const { return DOUBLE_QUANT ? *nested_offset : 0.0f; }
+};
+
+// The scales of a row of the weight that begins with a whole chunk of 32 elements. Within a row
+// 32 bits count the chunks.
+struct RowScales {
+    // From the row's first block and its first nested block on.
+    const void* absmax;
+    const f32* nested_absmax;
+    // Chunks of that block, and blocks of that nested block, that belong to the rows before.
+    u32 chunks_before;
+    u32 blocks_before;
+
+    RowScales() = default;
+    __device__ __forceinline__ RowScales(const Scales& scales, u64 first_chunk) {
+        const u64 block = first_chunk / (BLOCK_SIZE / 32);
+        absmax = static_cast<const u8*>(scales.absmax) + block * (DOUBLE_QUANT ? 1 : 4);
+        nested_absmax = scales.nested_absmax + block / 256;
+        chunks_before = u32(first_chunk % (BLOCK_SIZE / 32));
+        blocks_before = u32(block % 256);
+    }
+
+    __device__ __forceinline__ Scales::Fetched fetch(u32 chunk) const {
+        const u32 block = (chunks_before + chunk) / (BLOCK_SIZE / 32);
+        if (DOUBLE_QUANT) {
+            return {static_cast<const u8*>(absmax)[block],
+                    nested_absmax[(blocks_before + block) / 256]};
+        }
+        return {0, static_cast<const f32*>(absmax)[block]};
+    }
+};
 
 #endif

@@ -61,11 +61,11 @@ def prefix(
 
 
 class Guarded:
-    """A copy of a tensor between zones that no kernel may write."""
+    """A copy of a tensor between zones that no kernel may write, and that read as NaN."""
 
     def __init__(self, tensor: Tensor, misalign: int = 0) -> None:
         data = tensor.contiguous().reshape(-1).view(torch.uint8)
-        self._memory = torch.full((len(data) + 2 * GUARD + 64 + misalign,), 0xA5).to(torch.uint8)
+        self._memory = torch.full((len(data) + 2 * GUARD + 64 + misalign,), 0xFF).to(torch.uint8)
         self._start = GUARD + -(self._memory.data_ptr() + GUARD) % 64 + misalign
         self._end = self._start + len(data)
         self._memory[self._start : self._end] = data
@@ -75,7 +75,7 @@ class Guarded:
     def tensor(self) -> Tensor:
         """What it holds now."""
         for zone in (self._memory[: self._start], self._memory[self._end :]):
-            assert (zone == 0xA5).all(), "a kernel wrote outside its tensor"
+            assert (zone == 0xFF).all(), "a kernel wrote outside its tensor"
         data = self._memory[self._start : self._end].clone()
         return data.view(self._like.dtype).reshape(self._like.shape)
 

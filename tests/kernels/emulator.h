@@ -442,8 +442,10 @@ inline void __syncwarp(std::uint32_t mask = 0xffffffffu) {
     if (mask != 0xffffffffu) emulator::fail("a barrier of a part of the warp is not emulated");
     emulator::meet_warp("__syncwarp", [] {});
 }
-template <class T> inline T __shfl_sync(std::uint32_t mask, T value, int source) {
-    return emulator::shuffle("__shfl_sync", mask, value, unsigned(source) % 32);
+template <class T>
+inline T __shfl_sync(std::uint32_t mask, T value, int source, unsigned width = 32) {
+    const unsigned from = emulator::lane() / width * width + unsigned(source) % width;
+    return emulator::shuffle("__shfl_sync", mask, value, from);
 }
 template <class T> inline T __shfl_xor_sync(std::uint32_t mask, T value, int with) {
     return emulator::shuffle("__shfl_xor_sync", mask, value, emulator::lane() ^ unsigned(with));
@@ -462,8 +464,6 @@ inline bool __any_sync(std::uint32_t mask, bool predicate) {
     return emulator::ballot(mask, predicate) != 0;
 }
 
-inline int __popc(std::uint32_t bits) { return __builtin_popcount(bits); }
-
 // One fiber runs at a time, so plain operations are atomic.
 template <class T> inline T atomicAdd(T* address, T value) {
     return std::exchange(*address, T(*address + value));
@@ -476,8 +476,8 @@ template <class T> inline T atomicMax(T* address, T value) {
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
@@ -492,5 +492,8 @@ inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uin
     }
     return result;
 }
+inline int __popc(std::uint32_t bits) { return __builtin_popcount(bits); }
+inline void __threadfence() {}
+inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 using std::max;
 using std::min;
