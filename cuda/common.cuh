@@ -56,6 +56,17 @@ template <> __device__ __forceinline__ f16 from_float<f16>(float number) {
     return f16{float_to_half(number)};
 }
 
+// The two numbers of a word of bf16 or f16, the lower half first.
+template <class T> __device__ __forceinline__ void unpack_pair(u32 word, float& low, float& high) {
+    low = to_float(T{u16(word)});
+    high = to_float(T{u16(word >> 16)});
+}
+template <>
+__device__ __forceinline__ void unpack_pair<bf16>(u32 word, float& low, float& high) {
+    low = bits_to_float(word << 16);
+    high = bits_to_float(word & 0xffff0000u);
+}
+
 // --- memory -------------------------------------------------------------------------------------
 
 // Sixteen bytes, the widest access of a thread.
@@ -129,11 +140,16 @@ __device__ __forceinline__ float half_to_float(u16 bits) { return emulator::half
 __device__ __forceinline__ u16 float_to_half(float number) {
     return emulator::float_to_half(number);
 }
+__device__ __forceinline__ u32 computed(u32 number) { return number; }
 __device__ __forceinline__ Wide load_once(const Wide* source) {
     emulator::check_aligned(source, 16);
     return *source;
 }
 __device__ __forceinline__ void store_once(Wide* target, Wide value) {
+    emulator::check_aligned(target, 16);
+    *target = value;
+}
+__device__ __forceinline__ void store_wide(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
     *target = value;
 }
@@ -182,6 +198,13 @@ __device__ __forceinline__ u16 float_to_half(float number) {
     u16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
     return bits;
+}
+
+// The same number, as one that the compiler knows nothing about: it is kept in a register, not
+// computed anew or merged into other computations at every use.
+__device__ __forceinline__ u32 computed(u32 number) {
+    asm volatile("" : "+r"(number));
+    return number;
 }
 
 // Reads what no thread will read again: past the first-level cache.
@@ -246,6 +269,13 @@ template <> __device__ __forceinline__ u32 larger_pair<f16>(u32 a, u32 b) {
     return larger;
 }
 #endif
+
+// Writes what another kernel may read soon. In PTX, since the compiler would split some of them.
+__device__ __forceinline__ void store_wide(Wide* target, Wide value) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(value.words[0]),
+                 "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
+                 : "memory");
+}
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));

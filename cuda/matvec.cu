@@ -27,8 +27,8 @@
 // in which lanes read it, so those reads have no conflicts either.
 // Compiled for bf16, one row, double quantization, the loop over 64 codes is some 300 instructions
 // (sm_80: 294, of which 66 multiply-adds, 40 shared reads, 58 shifts and masks for addresses): 4.7 a
-// code. An A100 or H100 processor may issue 4.4 to 4.7 a code at its memory's full speed, so there
-// instructions and memory come out near each other; an RTX 4090 has room for 20. With 8 rows the
+// code. At the memory's full speed an H100 may issue 4.6 and an A100 4.9 a code, so there instructions
+// and memory come out near each other; an RTX 4090 has room for 21. With 8 rows the
 // multiply-adds, 8 a code, bind on the large cards, and matmul.cu does better.
 //
 // Where k is no multiple of 32, rows of W begin anywhere in the stream of codes. Codes are then read

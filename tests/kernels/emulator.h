@@ -60,7 +60,9 @@ constexpr int POISON = 0xcd;
 
 // How a block is run.
 struct Options {
-    // 0: threads in order; 1: in reverse; others: shuffled with this seed at every turn.
+    // At every turn, each thread runs until it must wait: in order (0), in reverse (1), or shuffled
+    // with this seed (4 and above). Or each warp runs as far as it can without the others, the
+    // first (2) or the last (3) ahead: what shows a missing barrier between warps.
     unsigned order = 0;
     // Whether background copies arrive at once, or only when waited for.
     bool eager_copies = false;
@@ -354,19 +356,27 @@ inline void run_block(unsigned dynamic_bytes) {
     }
     std::vector<unsigned> order(threads);
     std::iota(order.begin(), order.end(), 0u);
-    if (options.order == 1) std::reverse(order.begin(), order.end());
+    if (options.order % 2 == 1 && options.order < 4) std::reverse(order.begin(), order.end());
+    const bool warps_run_ahead = options.order == 2 || options.order == 3;
+    const unsigned group = warps_run_ahead ? LANES : threads;
     std::mt19937 shuffle(options.order);
     while (alive(0, threads)) {
-        if (options.order > 1) std::shuffle(order.begin(), order.end(), shuffle);
+        if (options.order >= 4) std::shuffle(order.begin(), order.end(), shuffle);
         bool moved = false;
-        for (const unsigned i : order) {
-            Fiber& fiber = fibers[i];
-            if (fiber.done || waiting(fiber)) continue;
-            moved = true;
-            current = &fiber;
-            threadIdx = fiber.thread;
-            swapcontext(&scheduler, &fiber.context);
-            if (failing) return;
+        for (unsigned first = 0; first < threads; first += group) {
+            bool group_moved;
+            do {
+                group_moved = false;
+                for (unsigned i = first; i < std::min(first + group, threads); ++i) {
+                    Fiber& fiber = fibers[order[i]];
+                    if (fiber.done || waiting(fiber)) continue;
+                    moved = group_moved = true;
+                    current = &fiber;
+                    threadIdx = fiber.thread;
+                    swapcontext(&scheduler, &fiber.context);
+                    if (failing) return;
+                }
+            } while (group_moved && warps_run_ahead);
         }
         if (!moved && !release_barrier()) {
             failing = true;

@@ -1,17 +1,17 @@
 """The CUDA products, run on the CPU by the emulator, against float64."""
 
-import ctypes
-import sys
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 
+import emulate
+from emulate import Buffer, Specialisation
 from fourbit import _core, reference
+from fourbit.codebook import by_name
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
-from emulate_products import Guarded, compiled, prefix
+reason = emulate.unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SINGLE = 2.0**-24  # half a unit in the last place of float32
@@ -43,21 +43,18 @@ class Weight:
         by_element = scales.double().repeat_interleave(block_size)[:count]
         self.exact = (values[codes.long()] * by_element).reshape(n, k)
 
-    def prefix(self, dtype):
-        return prefix(
-            dtype=dtype,
-            block_size=self.block_size,
-            codebook=self.codebook,
-            double_quant=self.double_quant,
-        )
+    def kernels(self, file, dtype):
+        book = by_name(self.codebook)
+        return load(file, Specialisation(dtype, self.block_size, book, self.double_quant))
 
     def arguments(self):
         tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-        return [None if tensor is None else Guarded(tensor) for tensor in tensors]
+        return [None if tensor is None else Buffer(tensor) for tensor in tensors]
 
 
-def counts(*numbers):
-    return [ctypes.c_int64(number) for number in numbers]
+@cache
+def load(file, specialisation):
+    return emulate.load(file, [specialisation])[0]
 
 
 def assert_close(y, x, weight, bias=None, *, weight_is_rounded):
@@ -78,17 +75,16 @@ def assert_close(y, x, weight, bias=None, *, weight_is_rounded):
 
 def matvec(x, weight, *, rows, bias=None, order=0):
     m, n = x.shape[0], weight.n
-    y = Guarded(torch.full((m, n), float("nan"), dtype=x.dtype))
-    compiled("matvec", weight.prefix(x.dtype))(
+    y = Buffer.empty(m * n, x.dtype)
+    weight.kernels("matvec", x.dtype).launch(
         f"fourbit_matvec_{rows}",
-        (-(-n // 16), -(-m // rows)),
-        256,
-        65536,
-        *(Guarded(x), *weight.arguments(), None if bias is None else Guarded(bias), y),
-        *counts(m, n, weight.k),
+        *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
+        *(m, n, weight.k),
+        grid=(-(-n // 16), -(-m // rows)),
+        dynamic_bytes=65536,
         order=order,
     )
-    return y.tensor()
+    return y.tensor().reshape(m, n)
 
 
 def numbers(*shape, dtype, generator):
@@ -142,11 +138,11 @@ def test_matvec_of_every_block_size(block_size, codebook, generator):
 def test_matvec_of_misaligned_rows(generator):
     weight = Weight(6, 64, generator)
     x = numbers(2, 64, dtype=torch.bfloat16, generator=generator)
-    y = Guarded(torch.empty(2, 6, dtype=torch.bfloat16))
-    arguments = (Guarded(x, misalign=2), *weight.arguments(), None, y, *counts(2, 6, 64))
-    kernels = compiled("matvec", weight.prefix(torch.bfloat16))
-    kernels("fourbit_matvec_2", (1, 1), 256, 65536, *arguments)
-    assert_close(y.tensor(), x, weight.exact, weight_is_rounded=False)
+    y = Buffer.empty(12, torch.bfloat16)
+    arguments = (Buffer(x, misaligned_by=2), *weight.arguments(), None, y, 2, 6, 64)
+    kernels = weight.kernels("matvec", torch.bfloat16)
+    kernels.launch("fourbit_matvec_2", *arguments, dynamic_bytes=65536)
+    assert_close(y.tensor().reshape(2, 6), x, weight.exact, weight_is_rounded=False)
 
 
 def test_products_without_columns_are_the_bias(generator):

@@ -1,0 +1,139 @@
+#include "common.cuh"
+
+using Element = ELEMENT;
+#if DOUBLE_QUANT
+using Scale = u8;
+#else
+using Scale = float;
+#endif
+
+constexpr u32 THREADS = 256;
+constexpr u32 WARPS = THREADS / WARP;
+// Vectors of 16 bytes that a lane writes; all are decoded together.
+constexpr u32 VECTORS = 4;
+constexpr u32 LANE_ELEMENTS = 16 / sizeof(Element);
+constexpr u32 WARP_ELEMENTS = WARP * LANE_ELEMENTS;
+constexpr u32 TILE = VECTORS * WARP_ELEMENTS;
+// Scales of a tile: never more than there are lanes.
+constexpr u32 TILE_BLOCKS = TILE > BLOCK_SIZE ? TILE / BLOCK_SIZE : 1;
+static_assert(TILE_BLOCKS <= WARP, "a lane has a scale");
+constexpr u32 NESTED_BLOCK_SIZE = 256;
+constexpr u32 NESTED_CODES = 256;
+
+// Codes of a vector, in words of at most 32 bits.
+constexpr u32 BYTE_ELEMENTS = 8 / CODE_BITS;
+constexpr u32 CODE_BYTES = LANE_ELEMENTS * CODE_BITS / 8;
+constexpr u32 WORDS = CODE_BYTES > 4 ? CODE_BYTES / 4 : 1;
+constexpr u32 WORD_BYTES = CODE_BYTES / WORDS;
+constexpr u32 WORD_ELEMENTS = LANE_ELEMENTS / WORDS;
+template <u32 BYTES> struct Unsigned;
+template <> struct Unsigned<1> { using Type = u8; };
+template <> struct Unsigned<2> { using Type = u16; };
+template <> struct Unsigned<4> { using Type = u32; };
+using Word = Unsigned<WORD_BYTES>::Type;
+using Packed = Pack<Word, WORDS>;
+
+constexpr u32 CODES = 1 << CODE_BITS;
+__constant__ float CODEBOOK_VALUE[CODES] = CODEBOOK_VALUES;
+#if DOUBLE_QUANT
+__constant__ float NESTED_VALUE[NESTED_CODES] = NESTED_VALUES;
+#endif
+
+// The codebook in shared memory: up to 4 bits, a copy in each bank, so that every lane reads its
+// own; of 8 bits, one copy.
+constexpr u32 COPIES = CODE_BITS == 8 ? 1 : WARP;
+constexpr u32 ENTRY_BYTES = COPIES * sizeof(float);
+constexpr u32 ENTRY_SHIFT = CODE_BITS == 8 ? 2 : 7;
+static_assert(ENTRY_BYTES == 1 << ENTRY_SHIFT, "a shift in place of a product");
+
+// The place of code `i` in bytes that stand one behind the other: the first code stands highest in
+// its byte.
+__device__ constexpr u32 lowest_bit(u32 i) {
+    return i / BYTE_ELEMENTS * 8 + (BYTE_ELEMENTS - 1 - i % BYTE_ELEMENTS) * CODE_BITS;
+}
+
+// The value of code `i` of a word, in the lane's copy of the codebook.
+__device__ __forceinline__ float value_of(const u8* table, u32 copy, u32 word, u32 i) {
+    const u32 bit = lowest_bit(i);
+    const u32 moved = bit < ENTRY_SHIFT ? word << (ENTRY_SHIFT - bit) : word >> (bit - ENTRY_SHIFT);
+    const u32 offset = moved & (CODES - 1) << ENTRY_SHIFT;
+    return *reinterpret_cast<const float*>(table + (offset | copy));
+}
+
+__device__ __forceinline__ Wide pack(const float (&numbers)[LANE_ELEMENTS]) {
+    Wide vector;
+    for (u32 i = 0; i < 4; ++i) {
+        if constexpr (sizeof(Element) == 4) {
+            vector.words[i] = float_to_bits(numbers[i]);
+        } else {
+            vector.words[i] = pack_pair<Element>(numbers[2 * i], numbers[2 * i + 1]);
+        }
+    }
+    return vector;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+fourbit_dequantize(const u8* __restrict__ packed, const Scale* __restrict__ absmax,
+                   [[maybe_unused]] const float* __restrict__ nested_absmax,
+                   [[maybe_unused]] const float* __restrict__ nested_offset,
+                   ELEMENT* __restrict__ output, i64 count) {
+    __shared__ float table[CODES * COPIES];
+    for (u32 i = threadIdx.x; i < CODES * COPIES; i += THREADS) {
+        table[i] = CODEBOOK_VALUE[i / COPIES];
+    }
+#if DOUBLE_QUANT
+    __shared__ float nested_table[NESTED_CODES];
+    for (u32 i = threadIdx.x; i < NESTED_CODES; i += THREADS) nested_table[i] = NESTED_VALUE[i];
+    const float offset = *nested_offset;
+#endif
+    __syncthreads();
+
+    const auto scale_of = [&](i64 block) {
+#if DOUBLE_QUANT
+        return decode_scale(nested_table[absmax[block]], nested_absmax[block / NESTED_BLOCK_SIZE],
+                            offset);
+#else
+        return absmax[block];
+#endif
+    };
+    const u8* const values = reinterpret_cast<const u8*>(table);
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 copy = computed(lane % COPIES * u32(sizeof(float)));
+    const bool aligned = reinterpret_cast<u64>(output) % sizeof(Wide) == 0 &&
+                         reinterpret_cast<u64>(packed) % CODE_BYTES == 0;
+
+    for (i64 tile = (i64(blockIdx.x) * WARPS + warp) * TILE; tile < count;
+         tile += i64(gridDim.x) * WARPS * TILE) {
+        if (!aligned || tile + TILE > count) {
+            // Lanes take elements in turn.
+#pragma unroll 1
+            for (i64 i = tile + lane; i < tile + TILE && i < count; i += WARP) {
+                const float value =
+                    value_of(values, copy, packed[i / BYTE_ELEMENTS], u32(i % BYTE_ELEMENTS));
+                output[i] = from_float<Element>(value * scale_of(i / BLOCK_SIZE));
+            }
+            continue;
+        }
+        const auto* const source = reinterpret_cast<const Packed*>(packed + tile / BYTE_ELEMENTS);
+        Packed codes[VECTORS];
+        for (u32 v = 0; v < VECTORS; ++v) codes[v] = load_aligned(source + v * WARP + lane);
+        // Each lane decodes one scale of the tile; then it asks the one that has its own.
+        const float owned_scale = scale_of(tile / BLOCK_SIZE + lane % TILE_BLOCKS);
+        auto* const target = reinterpret_cast<Wide*>(output + tile);
+        for (u32 v = 0; v < VECTORS; ++v) {
+            const u32 owner = v * WARP_ELEMENTS / BLOCK_SIZE + lane * LANE_ELEMENTS / BLOCK_SIZE;
+            const float scale =
+                TILE_BLOCKS == 1 ? owned_scale : __shfl_sync(ALL_LANES, owned_scale, owner);
+            float numbers[LANE_ELEMENTS];
+            for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
+                const u32 word = codes[v].elements[i / WORD_ELEMENTS];
+                numbers[i] = value_of(values, copy, word, i % WORD_ELEMENTS) * scale;
+            }
+            store_wide(target + v * WARP + lane, pack(numbers));
+        }
+    }
+}
+
+#ifdef FOURBIT_EMULATED
+FOURBIT_EMULATE(fourbit_dequantize)
+#endif

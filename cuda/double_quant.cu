@@ -1,0 +1,176 @@
+#include "common.cuh"
+
+constexpr u32 THREADS = 256;
+constexpr u32 WARPS = THREADS / WARP;
+// Scales that are summed as a unit, one by a lane of a warp at a time.
+constexpr u32 CHUNK = 1024;
+// Scales that share a nested scale, and how many of them a lane has.
+constexpr u32 NESTED_BLOCK_SIZE = 256;
+constexpr u32 LANE_SCALES = NESTED_BLOCK_SIZE / WARP;
+constexpr u32 NESTED_BITS = 8;
+constexpr u32 NESTED_CODES = 1 << NESTED_BITS;
+
+__constant__ float NESTED_VALUE[NESTED_CODES] = NESTED_VALUES;
+__constant__ float NESTED_MIDPOINT[NESTED_CODES - 1] = NESTED_MIDPOINTS;
+
+// --- the mean -----------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+fourbit_absmax_sums(const float* __restrict__ absmax, i64 count, double* __restrict__ sums) {
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const i64 chunks = (count + CHUNK - 1) / CHUNK;
+    for (i64 chunk = i64(blockIdx.x) * WARPS + warp; chunk < chunks;
+         chunk += i64(gridDim.x) * WARPS) {
+        const i64 first = chunk * CHUNK + lane;
+        float scales[CHUNK / WARP];
+        for (u32 i = 0; i < CHUNK / WARP; ++i) {
+            const i64 index = first + i * WARP;
+            scales[i] = index < count ? absmax[index] : 0.0f;
+        }
+        double sum = 0.0;
+        for (const float scale : scales) sum += scale;
+        // The upper half of the lanes is added to the lower, and so on; lane 0 has the sum.
+        for (u32 step = WARP / 2; step > 0; step /= 2) {
+            sum += __shfl_down_sync(ALL_LANES, sum, step);
+        }
+        if (lane == 0) sums[chunk] = sum;
+    }
+}
+
+// What decides whether sums of some numbers are exact: the sum of their magnitudes, and the
+// exponent of the smallest power of two that any of them is an odd multiple of.
+struct Extent {
+    double magnitude;
+    i32 exponent;
+};
+
+constexpr i32 NO_EXPONENT = 2000;
+
+__device__ __forceinline__ i32 lowest_exponent(double number) {
+    const u64 bits = __builtin_bit_cast(u64, number);
+    const u64 fraction = bits & 0xfffffffffffffull;
+    const i32 exponent = i32(bits >> 52 & 0x7ff);
+    // Sums of floats are zero or normal.
+    if (exponent == 0) return NO_EXPONENT;
+    return exponent - 1075 + __ffsll(i64(fraction | 1ull << 52)) - 1;
+}
+
+// The sum of `sums` in their order, by all threads of a block; the same in all of them.
+//
+// Added one after the other they would keep one thread busy for longer than the whole quantization
+// of a large tensor takes. But if all are multiples of 2^e and their magnitudes add up to less than
+// 2^(e + 53), then every partial sum in every order is exact, and any order gives the same bits.
+// Scales of weights have few enough bits for that to be the rule; where it fails, they are added in
+// order. (The computed sum of magnitudes may be rounded, but not from 2^(e + 53) or more to less.)
+__device__ double sum_in_order(const double* sums, i64 chunks) {
+    __shared__ double partial[WARPS];
+    __shared__ Extent extents[WARPS];
+    __shared__ double result;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    double sum = 0.0;
+    Extent extent{0.0, NO_EXPONENT};
+    for (i64 i = threadIdx.x; i < chunks; i += THREADS) {
+        const double number = sums[i];
+        sum += number;
+        extent.magnitude += number < 0.0 ? -number : number;
+        extent.exponent = min(extent.exponent, lowest_exponent(number));
+    }
+    for (u32 step = WARP / 2; step > 0; step /= 2) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, step);
+        extent.magnitude += __shfl_xor_sync(ALL_LANES, extent.magnitude, step);
+        extent.exponent =
+            min(extent.exponent, __shfl_xor_sync(ALL_LANES, extent.exponent, step));
+    }
+    if (lane == 0) {
+        partial[warp] = sum;
+        extents[warp] = extent;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (u32 i = 1; i < WARPS; ++i) {
+            sum += partial[i];
+            extent.magnitude += extents[i].magnitude;
+            extent.exponent = min(extent.exponent, extents[i].exponent);
+        }
+        const i32 limit_exponent = min(extent.exponent + 53, 1023);
+        const double limit = __builtin_bit_cast(double, u64(limit_exponent + 1023) << 52);
+        // False also for a NaN.
+        if (!(extent.magnitude < limit)) {
+            sum = 0.0;
+            for (i64 i = 0; i < chunks; ++i) sum += sums[i];
+        }
+        result = sum;
+    }
+    __syncthreads();
+    return result;
+}
+
+// --- codes --------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+fourbit_absmax_encode(const float* __restrict__ absmax, i64 count, const double* __restrict__ sums,
+                      u8* __restrict__ codes, float* __restrict__ nested_absmax,
+                      float* __restrict__ nested_offset, u64* first_bad) {
+    __shared__ float tree[NESTED_CODES];
+    for (u32 i = threadIdx.x; i < NESTED_CODES; i += THREADS) {
+        tree[i] = i > 0 ? NESTED_MIDPOINT[index_of_node<NESTED_BITS>(i)] : 0.0f;
+    }
+    // Ends with a barrier.
+    const double sum = sum_in_order(sums, (count + CHUNK - 1) / CHUNK);
+    const float offset = count > 0 ? float(sum / double(count)) : 0.0f;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *nested_offset = offset;
+
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const i64 blocks = (count + NESTED_BLOCK_SIZE - 1) / NESTED_BLOCK_SIZE;
+    for (i64 block = i64(blockIdx.x) * WARPS + warp; block < blocks;
+         block += i64(gridDim.x) * WARPS) {
+        const i64 first = block * NESTED_BLOCK_SIZE + lane;
+        float shifted[LANE_SCALES];
+        u32 largest = 0;
+        for (u32 i = 0; i < LANE_SCALES; ++i) {
+            const i64 index = first + i * WARP;
+            shifted[i] = index < count ? absmax[index] - offset : 0.0f;
+            const u32 magnitude = float_to_bits(shifted[i]) & 0x7fffffffu;
+            if (magnitude >= INFINITY_BITS) atomicMin(&first_bad[0], u64(index));
+            largest = max(largest, magnitude);
+        }
+        for (u32 step = WARP / 2; step > 0; step /= 2) {
+            largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, step));
+        }
+        const float scale = bits_to_float(largest);
+        const float inverse = inverse_of_scale(scale);
+        if (lane == 0) nested_absmax[block] = scale;
+        const bool may_overflow = !(scale + (offset < 0.0f ? -offset : offset) <= LARGEST_FLOAT);
+        for (u32 i = 0; i < LANE_SCALES; ++i) {
+            const i64 index = first + i * WARP;
+            if (index >= count) break;
+            const u32 code = search_tree<NESTED_BITS>(tree, normalise(shifted[i], inverse));
+            codes[index] = u8(code);
+            if (may_overflow) {
+                const u32 decoded =
+                    float_to_bits(decode_scale(NESTED_VALUE[code], scale, offset));
+                if ((decoded & 0x7fffffffu) >= INFINITY_BITS) atomicMin(&first_bad[1], u64(index));
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+fourbit_absmax_decode(const u8* __restrict__ codes, const float* __restrict__ nested_absmax,
+                      const float* __restrict__ nested_offset, i64 count,
+                      float* __restrict__ absmax) {
+    __shared__ float values[NESTED_CODES];
+    for (u32 i = threadIdx.x; i < NESTED_CODES; i += THREADS) values[i] = NESTED_VALUE[i];
+    __syncthreads();
+    const float offset = *nested_offset;
+    for (i64 i = i64(blockIdx.x) * THREADS + threadIdx.x; i < count;
+         i += i64(gridDim.x) * THREADS) {
+        absmax[i] = decode_scale(values[codes[i]], nested_absmax[i / NESTED_BLOCK_SIZE], offset);
+    }
+}
+
+#ifdef FOURBIT_EMULATED
+FOURBIT_EMULATE(fourbit_absmax_sums)
+FOURBIT_EMULATE(fourbit_absmax_encode)
+FOURBIT_EMULATE(fourbit_absmax_decode)
+#endif
