@@ -40,8 +40,6 @@ static_assert(GROUPS * GROUP * WARP == TILE, "a warp covers a tile");
 
 // As src/optimizer: squares of larger gradients overflow.
 constexpr float GRADIENT_LIMIT = 0x1p63f;
-// As src/blockwise/scalar.rs: scales whose reciprocal overflows are lifted first.
-constexpr float SUBNORMAL_LIFT = 0x1p64f;
 
 enum Type : u32 { F32 = 0, F16 = 1, BF16 = 2 };
 
@@ -121,19 +119,6 @@ __device__ __forceinline__ u32 encode_signed(const Tables& tables, float normali
 __device__ __forceinline__ u32 encode_unsigned(const Tables& tables, float normalised) {
     const u32 lower = rank_or_one_less<false>(fmaxf(normalised, 0.0f));
     return lower + (tables.second_midpoints[lower] < normalised);
-}
-
-// What the numbers of a block are multiplied by, one after the other, to lie in [-1, 1].
-struct Normaliser {
-    float lift;
-    float inverse;
-};
-
-__device__ __forceinline__ Normaliser normaliser(float scale) {
-    if (scale == 0.0f) return {1.0f, 0.0f};
-    const float inverse = __fdiv_rn(1.0f, scale);
-    if (inverse <= 0x1.fffffep127f) return {1.0f, inverse};
-    return {SUBNORMAL_LIFT, __fdiv_rn(1.0f, scale * SUBNORMAL_LIFT)};
 }
 
 __device__ __forceinline__ float warp_largest(float number) {
@@ -299,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(TILES_PER_BLOCK* WARP)
             // A maximum leaves NaN out.
             const float sum =
                 segment.exp_avg_absmax[block] * 0.0f + segment.exp_avg_sq_absmax[block] * 0.0f;
-            if (!(larger <= 0x1.fffffep127f && sum == 0.0f)) atomicMax(&flags[count], 1u);
+            if (!(larger <= LARGEST_FLOAT && sum == 0.0f)) atomicMax(&flags[count], 1u);
         }
     }
 }
@@ -368,12 +353,12 @@ __device__ __forceinline__ void update_tile(const Segment& segment, i64 block,
         values.store_at(start, narrow(p, segment.values_type), left);
     }
 
-    Normaliser m_factors{}, v_factors{};
+    float m_inverse = 0.0f, v_inverse = 0.0f;
     if (BITS == 8) {
         m_largest = warp_largest(m_largest);
         v_largest = warp_largest(v_largest);
-        m_factors = normaliser(m_largest);
-        v_factors = normaliser(v_largest);
+        m_inverse = inverse_of_scale(m_largest);
+        v_inverse = inverse_of_scale(v_largest);
         if (threadIdx.x % WARP == 0) {
             segment.exp_avg_absmax[block] = m_largest;
             segment.exp_avg_sq_absmax[block] = v_largest;
@@ -390,10 +375,8 @@ __device__ __forceinline__ void update_tile(const Segment& segment, i64 block,
                 m_raw.words[i] = float_to_bits(m_number);
                 v_raw.words[i] = float_to_bits(v_number);
             } else {
-                const u32 m_code =
-                    encode_signed(tables, m_number * m_factors.lift * m_factors.inverse);
-                u32 v_code =
-                    encode_unsigned(tables, v_number * v_factors.lift * v_factors.inverse);
+                const u32 m_code = encode_signed(tables, normalise(m_number, m_inverse));
+                u32 v_code = encode_unsigned(tables, normalise(v_number, v_inverse));
                 // A second moment that is not zero never takes the code of zero.
                 if (v_number > 0.0f && v_code == 0) v_code = 1;
                 m_raw.words[0] |= m_code << i * 8;

@@ -370,3 +370,80 @@ __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&fragment)[4], co
 }
 
 #endif
+
+// Shared memory whose size the launch gives.
+__device__ __forceinline__ u8* dynamic_shared() {
+#ifdef FOURBIT_EMULATED
+    return emulator::dynamic_memory;
+#else
+    extern __shared__ Wide memory[];
+    return reinterpret_cast<u8*>(memory);
+#endif
+}
+
+// --- a quantized weight -------------------------------------------------------------------------
+
+#ifdef DOUBLE_QUANT
+
+[[maybe_unused]] static __device__ const float NESTED_TABLE[256] = NESTED_VALUES;
+
+// The scales of a weight's blocks. Fetching one and decoding it are two steps, so that others can
+// be under way in between.
+struct Scales {
+    // f32 [blocks], or u8 codes [blocks] with double quantization.
+    const void* absmax;
+    // f32 [ceil(blocks / 256)], and f32 [1]; not used without double quantization.
+    const f32* nested_absmax;
+    const f32* nested_offset;
+
+    struct Fetched {
+        u32 code;
+        float absmax;
+    };
+
+    __device__ __forceinline__ Fetched fetch(i64 block) const {
+        if (DOUBLE_QUANT) {
+            return {static_cast<const u8*>(absmax)[block], nested_absmax[block / 256]};
+        }
+        return {0, static_cast<const f32*>(absmax)[block]};
+    }
+
+    __device__ __forceinline__ float decode(const Fetched& fetched, float offset) const {
+        if (DOUBLE_QUANT) return decode_scale(NESTED_TABLE[fetched.code], fetched.absmax, offset);
+        return fetched.absmax;
+    }
+
+    // What `decode` adds; the same for all blocks.
+    __device__ __forceinline__ float offset() const { return DOUBLE_QUANT ? *nested_offset : 0.0f; }
+};
+
+// The scales of a row of the weight that begins with a whole chunk of 32 elements. Within a row
+// 32 bits count the chunks.
+struct RowScales {
+    // From the row's first block and its first nested block on.
+    const void* absmax;
+    const f32* nested_absmax;
+    // Chunks of that block, and blocks of that nested block, that belong to the rows before.
+    u32 chunks_before;
+    u32 blocks_before;
+
+    RowScales() = default;
+    __device__ __forceinline__ RowScales(const Scales& scales, u64 first_chunk) {
+        const u64 block = first_chunk / (BLOCK_SIZE / 32);
+        absmax = static_cast<const u8*>(scales.absmax) + block * (DOUBLE_QUANT ? 1 : 4);
+        nested_absmax = scales.nested_absmax + block / 256;
+        chunks_before = u32(first_chunk % (BLOCK_SIZE / 32));
+        blocks_before = u32(block % 256);
+    }
+
+    __device__ __forceinline__ Scales::Fetched fetch(u32 chunk) const {
+        const u32 block = (chunks_before + chunk) / (BLOCK_SIZE / 32);
+        if (DOUBLE_QUANT) {
+            return {static_cast<const u8*>(absmax)[block],
+                    nested_absmax[(blocks_before + block) / 256]};
+        }
+        return {0, static_cast<const f32*>(absmax)[block]};
+    }
+};
+
+#endif

@@ -91,6 +91,7 @@ def definitions(specialisation: Specialisation) -> dict[str, str]:
     values = [*book.values] + [math.nan] * 256
     distinct = sorted({value + 0.0 for value in values if not math.isnan(value)})
     nested = reference.dynamic_map(signed=True).tolist()
+    unsigned = reference.dynamic_map(signed=False).tolist()
     return {
         "ELEMENT": ELEMENTS[specialisation.dtype],
         "BLOCK_SIZE": str(specialisation.block_size),
@@ -103,6 +104,8 @@ def definitions(specialisation: Specialisation) -> dict[str, str]:
         "CODEBOOK_RANKS": str(len(distinct)),
         "NESTED_VALUES": _floats(nested),
         "NESTED_MIDPOINTS": _floats(_midpoints(nested)),
+        "UNSIGNED_VALUES": _floats(unsigned),
+        "UNSIGNED_MIDPOINTS": _floats(_midpoints(unsigned)),
     }
 
 
@@ -251,7 +254,9 @@ class Buffer:
         self._dtype, self._shape = tensor.dtype, tensor.shape
         content = tensor.contiguous().reshape(-1).view(torch.uint8)
         self._count = len(content)
-        self._whole = torch.full((self._count + 2 * GUARD_BYTES + 2 * ALIGNMENT,), GUARD, dtype=torch.uint8)
+        self._whole = torch.full(
+            (self._count + 2 * GUARD_BYTES + 2 * ALIGNMENT,), GUARD, dtype=torch.uint8
+        )
         self._start = -self._whole.data_ptr() % ALIGNMENT + GUARD_BYTES + misaligned_by
         self._content().copy_(content)
 

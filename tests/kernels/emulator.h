@@ -474,8 +474,6 @@ inline bool __any_sync(std::uint32_t mask, bool predicate) {
     return emulator::ballot(mask, predicate) != 0;
 }
 
-inline int __popc(std::uint32_t bits) { return __builtin_popcount(bits); }
-
 // One fiber runs at a time, so plain operations are atomic.
 template <class T> inline T atomicAdd(T* address, T value) {
     return std::exchange(*address, T(*address + value));
@@ -488,7 +486,6 @@ template <class T> inline T atomicMax(T* address, T value) {
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
@@ -504,6 +501,8 @@ inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uin
     }
     return result;
 }
+inline int __popc(std::uint32_t bits) { return __builtin_popcount(bits); }
+inline void __threadfence() {}
 inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 using std::max;
 using std::min;

@@ -3,25 +3,44 @@
 import ctypes
 import itertools
 import struct
-import sys
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 
+import emulate
+from emulate import Buffer, Specialisation
 from fourbit import _core
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
-from emulate_products import Guarded, compiled, prefix
+reason = emulate.unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 OPTIONS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.1}
 FLOATS = tuple(TYPES)
 
 
-def f32(number: float) -> float:
-    return struct.unpack("f", struct.pack("f", number))[0]
+ENCODE = """
+extern "C" __global__ void test_encode(const float* x, u8* first, u8* second, u32 count) {
+    static Tables tables;
+    for (u32 i = 0; i < 256; ++i) {
+        tables.first[i] = SIGNED_TABLE[i];
+        tables.second[i] = UNSIGNED_TABLE[i];
+        tables.first_midpoints[i] = SIGNED_MIDPOINTS[min(i, 254u)];
+        tables.second_midpoints[i] = UNSIGNED_TABLE_MIDPOINTS[min(i, 254u)];
+    }
+    for (u32 i = 0; i < count; ++i) {
+        first[i] = u8(encode_signed(tables, x[i]));
+        second[i] = u8(encode_unsigned(tables, x[i]));
+    }
+}
+FOURBIT_EMULATE(test_encode)
+"""
+
+
+@cache
+def adamw():
+    return emulate.load("adamw", [Specialisation()], lambda text: text + ENCODE)[0]
 
 
 def constants(step: int, lr, beta1, beta2, eps, weight_decay, maximize=False):
@@ -85,12 +104,12 @@ def step_core(held, **options):
     return skipped
 
 
-def step_kernel(held, *, grid=2, order=0, eager=False, kernels=None, **options):
+def step_kernel(held, *, grid=2, order=0, **options):
     """The kernels; the flags they set."""
     table, first_tile, memory = b"", 0, []
     for one in held:
-        own = [Guarded(t, one.misalign * t.element_size()) for t in (one.param, one.grad)]
-        own += [Guarded(t) for t in one.state]
+        own = [Buffer(t, misaligned_by=one.misalign * t.itemsize) for t in (one.param, one.grad)]
+        own += [Buffer(t) for t in one.state]
         memory.append(own)
         pointers = [tensor.pointer for tensor in own]
         if one.bits == 8:
@@ -105,13 +124,12 @@ def step_kernel(held, *, grid=2, order=0, eager=False, kernels=None, **options):
             *(TYPES[one.param.dtype], TYPES[one.grad.dtype], one.bits),
         )
         first_tile += -(-one.param.numel() // 256)
-    segments = Guarded(torch.frombuffer(bytearray(table), dtype=torch.uint8))
-    flags = Guarded(torch.zeros(len(held) + 1, dtype=torch.int32))
-    count, tiles = ctypes.c_uint32(len(held)), ctypes.c_int64(first_tile)
-    kernels = kernels or compiled("adamw", prefix())
+    segments = Buffer(torch.frombuffer(bytearray(table), dtype=torch.uint8))
+    flags = Buffer(torch.zeros(len(held) + 1, dtype=torch.int32))
+    arguments = (segments, ctypes.c_uint32(len(held)), first_tile, flags)
     for kernel in ("fourbit_adamw_check", "fourbit_adamw"):
-        arguments = (segments, count, tiles, flags)
-        kernels(kernel, (grid,), 256, 0, *arguments, order=order, eager=eager)
+        adamw().launch(kernel, *arguments, grid=grid, order=order)
+    assert not any(tensor.damaged() for own in memory for tensor in own)
     for one, (param, grad, *state) in zip(held, memory, strict=True):
         assert torch.equal(grad.tensor().view(torch.uint8), one.grad.view(torch.uint8))
         one.param = param.tensor()
@@ -135,7 +153,7 @@ def numbers(count, dtype, generator):
     return (magnitudes * signs * kept * 1e-2).to(dtype)
 
 
-@pytest.mark.parametrize("order", [0, 1, 7])
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_every_type_and_length_gives_the_bytes_of_the_core(bits, order, generator):
     held = [
@@ -232,24 +250,6 @@ def test_damaged_scales_leave_everything_alone(which, bad, generator):
     assert_same(held, before)
 
 
-ENCODE = """
-extern "C" __global__ void test_encode(const float* x, u8* first, u8* second, u32 count) {
-    static Tables tables;
-    for (u32 i = 0; i < 256; ++i) {
-        tables.first[i] = SIGNED_TABLE[i];
-        tables.second[i] = UNSIGNED_TABLE[i];
-        tables.first_midpoints[i] = SIGNED_MIDPOINTS[min(i, 254u)];
-        tables.second_midpoints[i] = UNSIGNED_TABLE_MIDPOINTS[min(i, 254u)];
-    }
-    for (u32 i = 0; i < count; ++i) {
-        first[i] = u8(encode_signed(tables, x[i]));
-        second[i] = u8(encode_unsigned(tables, x[i]));
-    }
-}
-FOURBIT_EMULATE(test_encode)
-"""
-
-
 def test_the_short_way_to_a_code_is_exact_at_every_midpoint():
     signed = torch.tensor(_core.Codebook.by_name("dynamic-signed").values)
     unsigned = torch.tensor(_core.Codebook.by_name("dynamic-unsigned").values)
@@ -262,8 +262,8 @@ def test_the_short_way_to_a_code_is_exact_at_every_midpoint():
     outside = torch.tensor([-0.0, 1.0000001, -1.0, -1.0000001, 3.0, 1e30, -1e30])
     x = torch.cat([around, up, down, outside])
     first = torch.empty(len(x), dtype=torch.uint8)
-    arguments = (Guarded(x), Guarded(first), Guarded(first.clone()), ctypes.c_uint32(len(x)))
-    compiled("adamw", prefix(), ENCODE)("test_encode", (1,), 1, 0, *arguments)
+    arguments = (Buffer(x), Buffer(first), Buffer(first.clone()), ctypes.c_uint32(len(x)))
+    emulate.Kernels(adamw().library, "").launch("test_encode", *arguments, block=1)
     expected = [(mids[None, :] < x[:, None]).sum(1).to(torch.uint8) for mids in midpoints]
     assert torch.equal(arguments[1].tensor(), expected[0])
     assert torch.equal(arguments[2].tensor(), expected[1])

@@ -1,0 +1,151 @@
+"""The CUDA products, run on the CPU by the emulator, against float64."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import emulate
+from emulate import Buffer, Specialisation
+from fourbit import _core, reference
+from fourbit.codebook import by_name
+
+reason = emulate.unavailable()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SINGLE = 2.0**-24  # half a unit in the last place of float32
+HALF_UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: SINGLE}
+
+
+class Weight:
+    """A random packed weight [n, k], its scales of both signs."""
+
+    def __init__(self, n, k, generator, *, block_size=64, double_quant=False, codebook="nf4"):
+        self.n, self.k, self.block_size = n, k, block_size
+        self.double_quant, self.codebook = double_quant, codebook
+        count = n * k
+        blocks = -(-count // block_size)
+        packed = torch.randint(256, (-(-count // 2),), generator=generator)
+        self.packed = packed.to(torch.uint8)
+        if double_quant:
+            self.absmax = torch.randint(256, (blocks,), generator=generator).to(torch.uint8)
+            self.nested_absmax = torch.rand(-(-blocks // 256), generator=generator) + 0.1
+            self.nested_offset = torch.randn(1, generator=generator) * 0.2
+            table = torch.tensor(_core.Codebook.by_name("dynamic-signed").values)
+            nested = self.nested_absmax.repeat_interleave(256)[:blocks]
+            scales = table[self.absmax.long()] * nested + self.nested_offset
+        else:
+            self.absmax = scales = torch.randn(blocks, generator=generator)
+            self.nested_absmax = self.nested_offset = None
+        values = torch.tensor(reference.CODEBOOKS[codebook]).double()
+        codes = reference.unpack(self.packed, 4, count)
+        by_element = scales.double().repeat_interleave(block_size)[:count]
+        self.exact = (values[codes.long()] * by_element).reshape(n, k)
+
+    def kernels(self, file, dtype):
+        book = by_name(self.codebook)
+        return load(file, Specialisation(dtype, self.block_size, book, self.double_quant))
+
+    def arguments(self):
+        tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+        return [None if tensor is None else Buffer(tensor) for tensor in tensors]
+
+
+@cache
+def load(file, specialisation):
+    return emulate.load(file, [specialisation])[0]
+
+
+def assert_close(y, x, weight, bias=None, *, weight_is_rounded):
+    """Within what a dense product of this dtype may be off: it too rounds its weight to the dtype
+    (which kernels that decode to float32 do not), adds up in float32, and rounds the result."""
+    exact = x.double() @ weight.T
+    magnitude = x.double().abs() @ weight.T.abs()
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    unit = HALF_UNIT[y.dtype]
+    # A value, its scale and their product are rounded; then one rounding an addition.
+    relative = (x.shape[1] + 4) * SINGLE + (unit if weight_is_rounded else 0)
+    bound = relative * magnitude + unit * exact.abs() * 1.01 + torch.finfo(y.dtype).tiny
+    error = (y.double() - exact).abs()
+    assert not error.isnan().any()
+    assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound"
+
+
+def matvec(x, weight, *, rows, bias=None, order=0):
+    m, n = x.shape[0], weight.n
+    y = Buffer.empty(m * n, x.dtype)
+    weight.kernels("matvec", x.dtype).launch(
+        f"fourbit_matvec_{rows}",
+        *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
+        *(m, n, weight.k),
+        grid=(-(-n // 16), -(-m // rows)),
+        dynamic_bytes=65536,
+        order=order,
+    )
+    return y.tensor().reshape(m, n)
+
+
+def numbers(*shape, dtype, generator):
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("m", range(1, 9))
+def test_matvec_of_every_number_of_rows(m, double_quant, dtype, generator):
+    rows = next(rows for rows in (1, 2, 4, 8) if rows >= m)
+    for n, k in [(19, 96), (1, 33), (17, 67)]:
+        weight = Weight(n, k, generator, double_quant=double_quant)
+        x, bias = (numbers(*s, dtype=dtype, generator=generator) for s in [(m, k), (n,)])
+        y = matvec(x, weight, rows=rows, bias=bias)
+        assert_close(y, x, weight.exact, bias, weight_is_rounded=False)
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "n", "k", "dtype"),
+    [
+        (1, 1, 2, 16416, torch.bfloat16),  # one column chunk more than fits the shared memory
+        (1, 1, 3, 16415, torch.bfloat16),
+        (8, 8, 5, 2080, torch.float32),  # three chunks
+        (5, 8, 3, 2051, torch.float32),
+        (7, 4, 33, 160, torch.float16),  # two passes
+        (3, 1, 1, 1, torch.float16),
+        (2, 2, 40, 31, torch.bfloat16),
+        (2, 2, 3, 4128, torch.float32),  # windows of which the last is one lane's
+    ],
+)
+def test_matvec_of_odd_shapes(m, rows, n, k, dtype, generator):
+    weight = Weight(n, k, generator)
+    x = numbers(m, k, dtype=dtype, generator=generator)
+    results = [matvec(x, weight, rows=rows, order=order) for order in (0, 1, 5)]
+    assert_close(results[0], x, weight.exact, weight_is_rounded=False)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+def test_matvec_of_every_block_size(block_size, codebook, generator):
+    for n, k in [(9, 1312), (7, 700)]:
+        options = {"block_size": block_size, "codebook": codebook}
+        weight = Weight(n, k, generator, double_quant=True, **options)
+        x = numbers(1, k, dtype=torch.bfloat16, generator=generator)
+        y = matvec(x, weight, rows=1)
+        assert_close(y, x, weight.exact, weight_is_rounded=False)
+
+
+def test_matvec_of_misaligned_rows(generator):
+    weight = Weight(6, 64, generator)
+    x = numbers(2, 64, dtype=torch.bfloat16, generator=generator)
+    y = Buffer.empty(12, torch.bfloat16)
+    arguments = (Buffer(x, misaligned_by=2), *weight.arguments(), None, y, 2, 6, 64)
+    kernels = weight.kernels("matvec", torch.bfloat16)
+    kernels.launch("fourbit_matvec_2", *arguments, dynamic_bytes=65536)
+    assert_close(y.tensor().reshape(2, 6), x, weight.exact, weight_is_rounded=False)
+
+
+def test_products_without_columns_are_the_bias(generator):
+    bias = numbers(5, dtype=torch.float32, generator=generator)
+    weight = Weight(5, 0, generator)
+    assert torch.equal(matvec(torch.empty(2, 0), weight, rows=2, bias=bias), bias.expand(2, 5))
