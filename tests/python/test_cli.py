@@ -452,15 +452,26 @@ def test_finetune_summary(four_bit_folder: Path, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "adapter"
     files = ("--model", four_bit_folder, "--data", data, "--output", output)
-    targets = ("--target-modules", "q_proj, v_proj")
+    targets = ("--target-modules", "q_proj, v_proj", "--eval-data", data, "--eval-steps", 1)
     result = call("finetune", *files, *TRAINING, "--max-steps", 2, *targets)
     assert result.exit_code == 0, result.stderr
     assert "note: 1 of 4 examples are empty: left out" in result.stderr
     shown = dict(line.split(":", 1) for line in result.stdout.splitlines())
     assert list(shown) == [
-        *("loss", "learned", "steps", "time", "trainable", "adapter", "peak memory", "loss curve")
+        *(
+            "loss",
+            "held out",
+            "learned",
+            "steps",
+            "time",
+            "trainable",
+            "adapter",
+            "peak memory",
+            "loss curve",
+        )
     ]
     assert shown["steps"].strip() == "2"
+    assert float(shown["held out"].split()[1].rstrip(";")) > 0
     # A and B of q_proj (64 to 64) and v_proj (64 to 32), r = 4, in two blocks.
     assert shown["trainable"].split()[0] == f"{2 * 4 * (64 + 64 + 64 + 32):,}"
     config = json.loads((output / "adapter_config.json").read_text())

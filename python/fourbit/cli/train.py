@@ -36,6 +36,13 @@ def finetune(
             "datasets id, name or name:split.",
         ),
     ],
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="Examples of the same kind that are not trained on, to measure the loss with.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -130,6 +137,13 @@ def finetune(
     logging_steps: Annotated[
         int, typer.Option(help="Optimizer steps between entries of the loss log.")
     ] = _DEFAULTS.logging_steps,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(
+            show_default="as save-steps",
+            help="Optimizer steps between measurements on the held-out data.",
+        ),
+    ] = _DEFAULTS.eval_steps,
     save_steps: Annotated[
         int, typer.Option(help="Optimizer steps between checkpoints.")
     ] = _DEFAULTS.save_steps,
@@ -168,6 +182,7 @@ def finetune(
                     model,
                     data,
                     output,
+                    eval_data=eval_data,
                     resume=resume,
                     progress=progress,
                     note=screen.note,
@@ -238,6 +253,15 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _held_out_row(report: FinetuneReport) -> dict[str, str]:
+    if report.eval_loss is None:
+        return {}
+    row = f"loss {report.eval_loss:.4f}"
+    if report.best_eval_loss is not None and report.best_eval_loss < report.eval_loss:
+        row += f"; it was lowest, {report.best_eval_loss:.4f}, at step {report.best_eval_step}"
+    return {"held out": row}
+
+
 def _say_report(report: FinetuneReport) -> None:
     learned = {"assistant": "the assistant's turns", "completion": "completions", "all": "all text"}
     memory = [] if report.peak_memory_bytes is None else [screen.size(report.peak_memory_bytes)]
@@ -246,6 +270,7 @@ def _say_report(report: FinetuneReport) -> None:
     resumed = "" if report.resumed_from is None else f", resumed from {report.resumed_from}"
     rows = {
         "loss": f"{report.first_loss:.4f} -> {report.last_loss:.4f}",
+        **_held_out_row(report),
         "learned": f"{learned[report.loss_on]}: {report.learned_tokens:,} tokens in "
         f"{screen.plural(report.examples, 'sequence')}",
         "steps": f"{report.steps}{resumed}",
