@@ -156,8 +156,9 @@ def finetune(
 
     They are saved in PEFT's format, with the tokenizer, the loss log and its curve.
 
-    Ctrl-C ends the run after the step under way, with a checkpoint; a second one at once. The same
-    command with --resume then goes on, and ends in the same adapter as without the interruption.
+    Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second one at
+    once. The same command with --resume then goes on, and ends in the same adapter as without the
+    interruption.
     """
     options = _given(context)
     if output is None:
@@ -232,7 +233,10 @@ def _pace(steps_a_second: float) -> str:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question the run asks itself; a second one interrupts."""
+    """Turn the first Ctrl-C, or SIGTERM of a scheduler, into a question the run asks itself.
+
+    A second one interrupts.
+    """
     wanted = False
 
     def ask(*_: object) -> None:
@@ -242,15 +246,17 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         wanted = True
         screen.note("stopping after this step; Ctrl-C again stops at once")
 
+    signals = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        before = [signal.signal(one, ask) for one in signals]
     except ValueError:  # not in the main thread, where signals do not arrive
         yield lambda: False
         return
     try:
         yield lambda: wanted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
 
 
 def _held_out_row(report: FinetuneReport) -> dict[str, str]:
