@@ -164,6 +164,9 @@ pub fn dequantize_with<T: Element>(
     check_length("absmax", layout.blocks, absmax.len())?;
     let codes_per_byte = 8 / codebook.code_bits() as usize;
     let stream = size_of_val(output) >= STREAM_BYTES;
+    if stream {
+        task::advise_large_pages(output);
+    }
     let dequantize_task = |packed: &[u8], absmax: &[f32], output: &mut [T]| {
         task::dequantize_blocks(
             backend, packed, absmax, codebook, block_size, output, stream,

@@ -158,6 +158,28 @@ fn is_resident<T>(output: &[T]) -> bool {
     }
 }
 
+/// Asks the system for large pages under memory that is not there yet, where it gives them to those
+/// who ask: fresh memory costs more than what is written into it. Advice only.
+pub(super) fn advise_large_pages<T>(output: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    if !is_resident(output) {
+        // SAFETY: asks for a number.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) });
+        let Ok(page) = page else {
+            return;
+        };
+        let range = output.as_mut_ptr_range();
+        let skipped = range.start.addr().next_multiple_of(page) - range.start.addr();
+        let bytes = size_of_val(output).saturating_sub(skipped) / page * page;
+        let start = range.start.cast::<u8>().wrapping_add(skipped);
+        // SAFETY: whole pages within the slice; their contents and who may use them stay as they
+        // are. A system without large pages refuses, which changes nothing.
+        unsafe { libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = output;
+}
+
 /// As [`scalar::convert`], on `backend`. Both slices are of one length.
 pub(super) fn convert<S: Element, D: Element>(backend: Backend, source: &[S], target: &mut [D]) {
     // SAFETY: a `Backend` exists only where the processor has its features.

@@ -370,15 +370,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 def test_finetune_generate_merge(
-    four_bit_folder: Path, tmp_path: Path, environment: dict[str, str]
+    four_bit_folder: Path, tmp_path: Path, environment: dict[str, str], sent: signal.Signals
 ) -> None:
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     command = program(
         *("finetune", "--model", four_bit_folder, "--data", FAQ, "--output", adapter),
         *(*TRAINING, "--lr", "1e-2", "--json"),
     )
-    # Ctrl-C in the middle, as the terminal sends it.
+    # Ctrl-C in the middle, as the terminal sends it, or a scheduler that wants the machine.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -387,7 +388,7 @@ def test_finetune_generate_merge(
     for line in process.stderr:
         heard.append(line)
         if " of 40" in line and ": 0%" not in line.replace(" ", ""):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             break
     out, rest = process.communicate(timeout=120)
     heard += rest.splitlines(keepends=True)
@@ -452,15 +453,26 @@ def test_finetune_summary(four_bit_folder: Path, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "adapter"
     files = ("--model", four_bit_folder, "--data", data, "--output", output)
-    targets = ("--target-modules", "q_proj, v_proj")
+    targets = ("--target-modules", "q_proj, v_proj", "--eval-data", data, "--eval-steps", 1)
     result = call("finetune", *files, *TRAINING, "--max-steps", 2, *targets)
     assert result.exit_code == 0, result.stderr
     assert "note: 1 of 4 examples are empty: left out" in result.stderr
     shown = dict(line.split(":", 1) for line in result.stdout.splitlines())
     assert list(shown) == [
-        *("loss", "learned", "steps", "time", "trainable", "adapter", "peak memory", "loss curve")
+        *(
+            "loss",
+            "held out",
+            "learned",
+            "steps",
+            "time",
+            "trainable",
+            "adapter",
+            "peak memory",
+            "loss curve",
+        )
     ]
     assert shown["steps"].strip() == "2"
+    assert float(shown["held out"].split()[1].rstrip(";")) > 0
     # A and B of q_proj (64 to 64) and v_proj (64 to 32), r = 4, in two blocks.
     assert shown["trainable"].split()[0] == f"{2 * 4 * (64 + 64 + 64 + 32):,}"
     config = json.loads((output / "adapter_config.json").read_text())

@@ -89,6 +89,51 @@ def test_what_a_run_leaves(finished: tuple[Path, FinetuneReport]) -> None:
     assert record.options["r"] == 4
 
 
+def test_held_out_data_is_measured_and_does_not_train(
+    finished: tuple[Path, FinetuneReport], four_bit_folder: Path, tmp_path: Path
+) -> None:
+    whole, _ = finished
+    examples = [json.loads(line) for line in FAQ.read_text().splitlines()]
+    output = tmp_path / "measured"
+    report = run(four_bit_folder, output, eval_data=examples[:9], eval_steps=4)
+    assert adapter_bytes(output) == adapter_bytes(whole)
+    logged = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
+    measured = {entry["step"]: entry["eval_loss"] for entry in logged if "eval_loss" in entry}
+    assert list(measured) == [4, 6]
+    assert report.eval_loss == measured[6]
+    assert (report.best_eval_loss, report.best_eval_step) == (measured[6], 6)
+
+    # The same examples through the adapter that was saved, each batch a mean as in training.
+    model = fourbit.from_pretrained(four_bit_folder, dtype=torch.float32)
+    fourbit.load_adapter(model, output)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    losses, sizes = [], []
+    for start in range(0, 9, OPTIONS["batch_size"]):
+        rows = [
+            tokenizer.apply_chat_template(
+                example["messages"], return_dict=True, return_assistant_tokens_mask=True
+            )
+            for example in examples[start : min(9, start + OPTIONS["batch_size"])]
+        ]
+        total = count = 0.0
+        for row in rows:
+            ids = torch.tensor([row["input_ids"][: OPTIONS["max_length"]]])
+            mask = torch.tensor(row["assistant_masks"][: OPTIONS["max_length"]]).bool()[1:]
+            with torch.no_grad():
+                nats = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            total -= nats.gather(1, ids[0, 1:, None])[mask].sum().item()
+            count += mask.sum().item()
+        losses.append(total / count)
+        sizes.append(len(rows))
+    expected = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / 9
+    assert report.eval_loss == pytest.approx(expected, rel=1e-4)  # of sums in another order
+
+    with pytest.raises(ValueError, match="held-out data"):
+        run(four_bit_folder, output, eval_data=examples[:8], resume=True)
+    with pytest.raises(DataError, match="must be like the training data"):
+        run(four_bit_folder, tmp_path / "other", eval_data=[{"text": "All of this is learned."}])
+
+
 def test_peft_reads_the_adapter(
     finished: tuple[Path, FinetuneReport], plain_folder: Path, four_bit_folder: Path
 ) -> None:

@@ -102,6 +102,33 @@ def test_every_backend_and_thread_count_gives_the_same_bytes(name, generator):
     )
 
 
+@pytest.mark.parametrize("backend", _core.simd_backends())
+def test_large_outputs_hold_the_same_numbers(backend, generator):
+    """They are written past the cache once their memory is there, small ones never."""
+    x = torch.randn(17 * 2**20 + 5, generator=generator).bfloat16()
+    assert x.nbytes > 32 * 2**20
+    q = fourbit.quantize(x, double_quant=False)
+    scales, book = q.scales(), q.codebook.core
+    part = 2**16
+    parts = []
+    for start in range(0, x.numel(), part):
+        output = torch.empty(min(part, x.numel() - start), dtype=x.dtype)
+        packed = q.packed[start // 2 : (start + part) // 2].contiguous()
+        absmax = scales[start // 64 : (start + part) // 64]
+        _core.dequantize(packed, absmax, book, 64, output, threads=1, backend="scalar")
+        parts.append(output)
+    expected = torch.cat(parts)
+    output = torch.empty_like(x)
+    for _ in range(2):  # into memory that is new, and into memory that is there
+        _core.dequantize(q.packed, scales, book, 64, output, threads=2, backend=backend)
+        assert torch.equal(output, expected)
+        output.fill_(7)
+    # At an address that such writes do not allow.
+    odd = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
+    _core.dequantize(q.packed, scales, book, 64, odd, threads=2, backend=backend)
+    assert torch.equal(odd, expected)
+
+
 def test_scales_that_would_become_infinite_are_refused():
     x = torch.full((100, 64), torch.finfo(torch.float32).max)
     x[:40] = 0  # so that the mean is 0.6 of the largest, and the rest of it rounds up

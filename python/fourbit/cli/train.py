@@ -36,6 +36,13 @@ def finetune(
             "datasets id, name or name:split.",
         ),
     ],
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="Examples of the same kind that are not trained on, to measure the loss with.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -130,6 +137,13 @@ def finetune(
     logging_steps: Annotated[
         int, typer.Option(help="Optimizer steps between entries of the loss log.")
     ] = _DEFAULTS.logging_steps,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(
+            show_default="as save-steps",
+            help="Optimizer steps between measurements on the held-out data.",
+        ),
+    ] = _DEFAULTS.eval_steps,
     save_steps: Annotated[
         int, typer.Option(help="Optimizer steps between checkpoints.")
     ] = _DEFAULTS.save_steps,
@@ -142,8 +156,9 @@ def finetune(
 
     They are saved in PEFT's format, with the tokenizer, the loss log and its curve.
 
-    Ctrl-C ends the run after the step under way, with a checkpoint; a second one at once. The same
-    command with --resume then goes on, and ends in the same adapter as without the interruption.
+    Ctrl-C or SIGTERM ends the run after the step under way, with a checkpoint; a second one at
+    once. The same command with --resume then goes on, and ends in the same adapter as without the
+    interruption.
     """
     options = _given(context)
     if output is None:
@@ -168,6 +183,7 @@ def finetune(
                     model,
                     data,
                     output,
+                    eval_data=eval_data,
                     resume=resume,
                     progress=progress,
                     note=screen.note,
@@ -217,7 +233,10 @@ def _pace(steps_a_second: float) -> str:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question the run asks itself; a second one interrupts."""
+    """Turn the first Ctrl-C, or SIGTERM of a scheduler, into a question the run asks itself.
+
+    A second one interrupts.
+    """
     wanted = False
 
     def ask(*_: object) -> None:
@@ -227,15 +246,26 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         wanted = True
         screen.note("stopping after this step; Ctrl-C again stops at once")
 
+    signals = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        before = [signal.signal(one, ask) for one in signals]
     except ValueError:  # not in the main thread, where signals do not arrive
         yield lambda: False
         return
     try:
         yield lambda: wanted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
+
+
+def _held_out_row(report: FinetuneReport) -> dict[str, str]:
+    if report.eval_loss is None:
+        return {}
+    row = f"loss {report.eval_loss:.4f}"
+    if report.best_eval_loss is not None and report.best_eval_loss < report.eval_loss:
+        row += f"; it was lowest, {report.best_eval_loss:.4f}, at step {report.best_eval_step}"
+    return {"held out": row}
 
 
 def _say_report(report: FinetuneReport) -> None:
@@ -246,6 +276,7 @@ def _say_report(report: FinetuneReport) -> None:
     resumed = "" if report.resumed_from is None else f", resumed from {report.resumed_from}"
     rows = {
         "loss": f"{report.first_loss:.4f} -> {report.last_loss:.4f}",
+        **_held_out_row(report),
         "learned": f"{learned[report.loss_on]}: {report.learned_tokens:,} tokens in "
         f"{screen.plural(report.examples, 'sequence')}",
         "steps": f"{report.steps}{resumed}",

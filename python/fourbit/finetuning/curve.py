@@ -9,8 +9,15 @@ from pathlib import Path
 _SMOOTH_FROM = 20
 
 
-def draw_loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path, title: str) -> bool:
-    """Draw training loss over steps into a PNG.
+def draw_loss_curve(
+    steps: Sequence[int],
+    losses: Sequence[float],
+    path: Path,
+    title: str,
+    *,
+    held_out: Sequence[tuple[int, float]] = (),
+) -> bool:
+    """Draw training loss over steps into a PNG, and the loss on held-out data beside it.
 
     Long runs get a running mean over a twentieth of the run, at least 5 points, beside the points.
 
@@ -19,6 +26,7 @@ def draw_loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path, t
         losses: the mean loss logged at each, in nats a token.
         path: of the PNG.
         title: above the picture.
+        held_out: steps and the loss on held-out data after them.
 
     Returns:
         False if matplotlib is not installed; nothing is drawn then.
@@ -49,9 +57,14 @@ def draw_loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path, t
             linewidth=1.8,
             label=f"mean of the last {window}",
         )
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True), color="tab:orange", marker="o", label="held-out data"
+        )
+    if smooth or held_out:
         axes.legend(frameon=False)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss (nats per token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)

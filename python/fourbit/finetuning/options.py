@@ -48,6 +48,8 @@ class FinetuneOptions:
             not, float32 on a CPU.
         seed: of adapters, dropout and the order of the data.
         logging_steps: optimizer steps between entries of the loss log.
+        eval_steps: optimizer steps between measurements on the held-out data, if there is any;
+            None for those of `save_steps`.
         save_steps: optimizer steps between checkpoints.
         save_limit: checkpoints kept.
     """
@@ -78,6 +80,7 @@ class FinetuneOptions:
     dtype: Dtype = "auto"
     seed: int = 42
     logging_steps: int = 1
+    eval_steps: int | None = None
     save_steps: int = 100
     save_limit: int = 2
 
@@ -107,8 +110,9 @@ class FinetuneOptions:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1")
+        for name in ("max_steps", "eval_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("epochs", "lr", "max_grad_norm", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")

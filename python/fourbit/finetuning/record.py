@@ -37,16 +37,20 @@ class RunRecord:
         options: all fields of `FinetuneOptions`.
         data: fingerprint of the training data.
         model: fingerprint of the base model; "" for a model that came from no folder.
+        eval_data: fingerprint of the held-out data; "" for none.
         data_source: where the data came from.
         model_source: where the model came from.
+        eval_source: where the held-out data came from; "" for none.
         report: what the finished run did, or None.
     """
 
     options: dict[str, Any]
     data: str
     model: str
+    eval_data: str
     data_source: str
     model_source: str
+    eval_source: str
     report: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:

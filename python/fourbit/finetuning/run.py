@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourbit.data import (
+    DataError,
     LossOn,
     TokenCounts,
+    TrainingData,
     check_template,
     check_tokens,
     load_training_data,
@@ -51,6 +54,9 @@ class FinetuneReport:
         loss_on: what is learned: "assistant", "completion" or "all".
         first_loss: mean loss of the first tenth of the logged steps, in nats a token.
         last_loss: the same of the last tenth.
+        eval_loss: mean loss on the held-out data after the last step, or None without any.
+        best_eval_loss: the lowest of the run, at step `best_eval_step`; None without any.
+        best_eval_step: see `best_eval_loss`.
         trainable_parameters: numbers that were trained.
         adapter_bytes: size of ``adapter_model.safetensors``.
         tokens: tokens seen by this call, padding not counted.
@@ -69,6 +75,9 @@ class FinetuneReport:
     loss_on: LossOn
     first_loss: float
     last_loss: float
+    eval_loss: float | None
+    best_eval_loss: float | None
+    best_eval_step: int | None
     trainable_parameters: int
     adapter_bytes: int
     tokens: int
@@ -102,6 +111,7 @@ def finetune(
     data: str | Path | Iterable[Mapping[str, Any]],
     output: str | Path,
     *,
+    eval_data: str | Path | Iterable[Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
     resume: bool = False,
     progress: Callable[[StepProgress], None] | None = None,
@@ -119,6 +129,8 @@ def finetune(
         model: a folder that `convert` wrote, or a loaded model (then give its `tokenizer`).
         data: see `load_training_data`.
         output: the folder to write: a new or empty one.
+        eval_data: examples that are not trained on; their loss is measured every `eval_steps` steps
+            and after the last. Of the kind of `data`.
         tokenizer: in place of the model folder's.
         resume: go on from the newest checkpoint in `output`, and end in the same bits as without
             the interruption. Options that are not given are those of the first run; others must
@@ -143,7 +155,13 @@ def finetune(
         require_quantized(Path(model))
     # What can be wrong with data and tokenizer is said before the model is read.
     examples = load_training_data(data)
-    started = _started(model, settings, examples.fingerprint, examples.source)
+    held_out = None if eval_data is None else load_training_data(eval_data)
+    if held_out is not None and held_out.kind != examples.kind:
+        raise DataError(
+            f"{held_out.source} is of the kind {held_out.kind!r}, but {examples.source} of "
+            f"{examples.kind!r}; held-out data must be like the training data"
+        )
+    started = _started(model, settings, examples, held_out)
     if record is not None:
         _check_same_inputs(folder, record, started)
     tokenizer = _tokenizer(model, tokenizer, settings)
@@ -154,7 +172,9 @@ def finetune(
         assistant_only=settings.assistant_only,
         completion_only=settings.completion_only,
     )
-    check_template(examples, tokenizer, tokenizer_name=started.model_source)
+    for part in (examples, held_out):
+        if part is not None:
+            check_template(part, tokenizer, tokenizer_name=started.model_source)
     say = note or _logger.warning
     if examples.kind == "messages" and loss_on == "all" and settings.assistant_only is None:
         say(
@@ -169,20 +189,38 @@ def finetune(
     from fourbit.finetuning.trainer import RunCallback, build_trainer
 
     trainable = _with_adapter(model, settings, checkpoint)
-    callback = RunCallback(folder, progress, should_stop, begin=lambda: started.write(folder))
-    trainer = build_trainer(
-        trainable, tokenizer, examples, settings, loss_on, folder, started.model_source, callback
+    callback = RunCallback(
+        folder,
+        progress,
+        should_stop,
+        begin=lambda: started.write(folder),
+        held_out=held_out is not None,
     )
-    counts = check_tokens(
-        trainer.train_dataset,
-        examples,
+    trainer = build_trainer(
+        trainable,
         tokenizer,
+        examples,
+        settings,
+        loss_on,
+        folder,
+        started.model_source,
+        callback,
+        held_out=held_out,
+    )
+    check = partial(
+        check_tokens,
+        tokenizer=tokenizer,
         embedding_rows=trainable.get_input_embeddings().weight.shape[0],
         max_length=settings.max_length,
         context=getattr(trainable.config.get_text_config(), "max_position_embeddings", None),
         packing=settings.packing,
     )
-    for sentence in counts.notes:
+    counts = check(trainer.train_dataset, examples)
+    notes = list(counts.notes)
+    if held_out is not None:
+        of_held_out = check(trainer.eval_dataset, held_out).notes
+        notes += [f"held-out data: {sentence}" for sentence in of_held_out]
+    for sentence in notes:
         say(sentence)
     start = time.perf_counter()
     try:
@@ -224,13 +262,17 @@ def _settings(
     return None, FinetuneOptions(**given)
 
 
-def _started(model: Any, settings: FinetuneOptions, data: str, data_source: str) -> RunRecord:
+def _started(
+    model: Any, settings: FinetuneOptions, examples: TrainingData, held_out: TrainingData | None
+) -> RunRecord:
     from_folder = isinstance(model, str | Path)
     return RunRecord(
         options=asdict(settings),
-        data=data,
+        data=examples.fingerprint,
         model=model_fingerprint(Path(model)) if from_folder else "",
-        data_source=data_source,
+        eval_data="" if held_out is None else held_out.fingerprint,
+        data_source=examples.source,
+        eval_source="" if held_out is None else held_out.source,
         model_source=str(model if from_folder else getattr(model, "name_or_path", "") or "model"),
     )
 
@@ -239,6 +281,7 @@ def _check_same_inputs(folder: Path, before: RunRecord, now: RunRecord) -> None:
     for what, old, new, source in (
         ("data", before.data, now.data, now.data_source),
         ("model", before.model, now.model, now.model_source),
+        ("held-out data", before.eval_data, now.eval_data, now.eval_source or "no data"),
     ):
         if old != new:
             raise ValueError(
@@ -320,8 +363,15 @@ def _report(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     steps, losses = [e["step"] for e in logged], [e["loss"] for e in logged]
     tenth = max(1, len(losses) // 10)
+    measured = [
+        (entry["step"], entry["eval_loss"])
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    ]
+    best_step, best_loss = min(measured, key=lambda at: at[1], default=(None, None))
     curve = folder / LOSS_CURVE
-    drawn = draw_loss_curve(steps, losses, curve, f"Fine-tuning: {folder.resolve().name}")
+    title = f"Fine-tuning: {folder.resolve().name}"
+    drawn = draw_loss_curve(steps, losses, curve, title, held_out=measured)
     return FinetuneReport(
         output=str(folder),
         steps=trainer.state.global_step,
@@ -331,6 +381,9 @@ def _report(
         loss_on=loss_on,
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
+        eval_loss=measured[-1][1] if measured else None,
+        best_eval_loss=best_loss,
+        best_eval_step=best_step,
         trainable_parameters=adapter_size(trainer.model).parameters,
         adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
         tokens=callback.tokens,

@@ -85,6 +85,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no t
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter is on the model already."""
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Measure the held-out data; training goes on as if it had not been measured."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None is written: the run's record says what was done."""
 
@@ -98,8 +103,10 @@ def build_trainer(
     folder: Path,
     base_name: str,
     callback: TrainerCallback,
+    *,
+    held_out: TrainingData | None = None,
 ) -> AdapterTrainer:
-    """A trainer ready to run; its ``train_dataset`` is tokenized, masked and cut."""
+    """A trainer ready to run; its datasets are tokenized, masked and cut."""
     on_gpu = torch.cuda.is_available()
     base_dtype = model.get_input_embeddings().weight.dtype
     # `prepare_for_training` has turned checkpointing on; the trainer must not do it again. Its
@@ -115,6 +122,11 @@ def build_trainer(
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        eval_strategy="no" if held_out is None else "steps",
+        eval_steps=settings.eval_steps or settings.save_steps,
+        # The logits of all held-out data would fill the memory.
+        prediction_loss_only=True,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.lr,
         lr_scheduler_type=settings.lr_schedule,
@@ -149,6 +161,7 @@ def build_trainer(
             model=model,
             args=arguments,
             train_dataset=examples.dataset,
+            eval_dataset=None if held_out is None else held_out.dataset,
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=(
                 PagedAdamW,
@@ -175,6 +188,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         progress: called after each optimizer step.
         should_stop: asked after each optimizer step; True saves a checkpoint and ends the run.
         begin: called once it is certain that there are steps to do, before the first of them.
+        held_out: whether there is held-out data, to be measured after the last step at least.
 
     Attributes:
         stopped: whether the run was ended before its last step.
@@ -187,7 +201,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         progress: Callable[[StepProgress], None] | None,
         should_stop: Callable[[], bool] | None,
         begin: Callable[[], None] = lambda: None,
+        *,
+        held_out: bool = False,
     ) -> None:
+        self.held_out = held_out
         self.begin = begin
         self.path = folder / LOSS_LOG
         self.progress = progress
@@ -230,6 +247,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         if self.should_stop is not None and self.should_stop():
             self.stopped = state.global_step < state.max_steps
             control.should_log = control.should_save = control.should_training_stop = True
+        if self.held_out and state.global_step >= state.max_steps:
+            # What the adapter that is kept does, whatever the steps between measurements.
+            control.should_evaluate = True
         self._report(state)
 
     def _report(self, state: Any) -> None:
