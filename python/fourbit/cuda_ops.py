@@ -215,6 +215,13 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
     return absmax
 
 
+# --- products -----------------------------------------------------------------------------------
+
+# The kernels of matvec.cu, by how many rows of the input they take in one pass.
+_MATVEC_ROWS = (1, 2, 4, 8)
+_MATVEC_ALIGNMENT = 16
+
+
 def linear(
     x: Tensor,
     bias: Tensor | None,
@@ -227,15 +234,67 @@ def linear(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    """`ops.linear`: the weight is decoded and multiplied by the vendor's GEMM."""
+    """`ops.linear`: from packed codes for a few rows; for more, the weight is decoded first."""
     check_operand(x, in_features, "the input")
     check_device(x, packed)
     if bias is not None:
+        if bias.device != x.device:
+            raise RuntimeError(f"the bias is on {bias.device} and the input on {x.device}")
+        _check_length("the bias", bias, out_features)
         bias = bias.to(x.dtype)
     scales = (absmax, nested_absmax, nested_offset)
+    rows = x.numel() // max(1, in_features)
+    if (
+        0 < rows <= _MATVEC_ROWS[-1]
+        and out_features * in_features > 0
+        and by_name(codebook).code_bits == 4
+        and packed.data_ptr() % _MATVEC_ALIGNMENT == 0
+    ):
+        return _matvec(
+            x, bias, packed, *scales, codebook, block_size, out_features, in_features, rows
+        )
     weight = torch.empty((out_features, in_features), dtype=x.dtype, device=x.device)
     _decode(packed, *scales, codebook, block_size, weight)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def _matvec(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+    rows: int,
+) -> Tensor:
+    codes, scales = _weight_pointers(
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        codebook,
+        block_size,
+        out_features * in_features,
+    )
+    at_once = next(number for number in _MATVEC_ROWS if number >= rows)
+    inputs = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    output = x.new_empty((*x.shape[:-1], out_features))
+    program = _program(
+        "matvec", _ordinal(x.device), x.dtype, block_size, codebook, nested_absmax is not None
+    )
+    tensors = (inputs, codes, *scales, bias, output)
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    program.launch(
+        f"fourbit_matvec_{at_once}",
+        stream_of(x.device),
+        (*pointers, rows, out_features, in_features),
+    )
+    return output
 
 
 def linear_transposed(
@@ -249,7 +308,7 @@ def linear_transposed(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    """`ops.linear_transposed`: as `linear`."""
+    """`ops.linear_transposed`: the weight is decoded and multiplied by the vendor's GEMM."""
     check_operand(y, out_features, "the gradient")
     check_device(y, packed)
     scales = (absmax, nested_absmax, nested_offset)

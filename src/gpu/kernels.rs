@@ -2,13 +2,16 @@
 //! take and how they are launched stands here and nowhere else. What the parameters mean stands in
 //! the files.
 
-use super::kernel::{Arguments, Card, File, Geometry, Kernel, Kind, OLDEST, Parameter};
+use super::kernel::{Arguments, Card, File, Geometry, GeometryOf, Kernel, Kind, OLDEST, Parameter};
 use super::source::Specialisation;
 use super::{ArgumentProblem, GpuProblem};
 use crate::element::Dtype;
 
+/// Blocks of a grid's first two dimensions (CUDA Programming Guide, "Compute Capabilities").
+const MOST_BLOCKS: [u32; 2] = [(1 << 31) - 1, 65_535];
+
 /// The files, in the order in which data flows through them.
-pub static FILES: &[File] = &[QUANTIZE, DOUBLE_QUANT, DEQUANTIZE, ADAMW];
+pub static FILES: &[File] = &[QUANTIZE, DOUBLE_QUANT, DEQUANTIZE, MATVEC, ADAMW];
 
 /// The file of that name.
 ///
@@ -52,6 +55,32 @@ fn looping(blocks: u64, block: u32, per_processor: u32, card: &Card) -> Option<G
         block,
         dynamic_bytes: 0,
     })
+}
+
+/// A grid of exactly so many blocks. None where there is no block.
+///
+/// # Errors
+/// [`ArgumentProblem::Grid`] for more than a launch can have.
+fn grid(
+    blocks: [u64; 2],
+    block: u32,
+    dynamic_bytes: u32,
+) -> Result<Option<Geometry>, ArgumentProblem> {
+    let mut grid = [1; 3];
+    for ((count, most), dimension) in blocks.into_iter().zip(MOST_BLOCKS).zip(&mut grid) {
+        *dimension = match u32::try_from(count) {
+            Ok(count) if count <= most => count,
+            _ => {
+                let (blocks, most) = (count, u64::from(most));
+                return Err(ArgumentProblem::Grid { blocks, most });
+            }
+        };
+    }
+    Ok((!blocks.contains(&0)).then_some(Geometry {
+        grid,
+        block,
+        dynamic_bytes,
+    }))
 }
 
 /// Bytes that a thread of `quantize` and `dequantize` reads or writes at a time, in four vectors.
@@ -169,6 +198,54 @@ const DEQUANTIZE: File = File {
         geometry: elementwise_geometry,
     }],
 };
+
+// --- products -----------------------------------------------------------------------------------
+
+const MATVEC: File = File {
+    name: "matvec",
+    text: include_str!("../../cuda/matvec.cu"),
+    exact: false,
+    dtypes: ALL_DTYPES,
+    code_bits: &[4],
+    kernels: &[
+        matvec("fourbit_matvec_1", |a, _, _| matvec_geometry(a, 1)),
+        matvec("fourbit_matvec_2", |a, _, _| matvec_geometry(a, 2)),
+        matvec("fourbit_matvec_4", |a, _, _| matvec_geometry(a, 4)),
+        matvec("fourbit_matvec_8", |a, _, _| matvec_geometry(a, 8)),
+    ],
+};
+
+const fn matvec(name: &'static str, geometry: GeometryOf) -> Kernel {
+    Kernel {
+        name,
+        parameters: parameters![
+            x: Pointer,
+            packed: Pointer,
+            absmax: Pointer,
+            nested_absmax: OptionalPointer,
+            nested_offset: OptionalPointer,
+            bias: OptionalPointer,
+            y: Pointer,
+            m: Count,
+            n: Count,
+            k: Count,
+        ],
+        geometry,
+    }
+}
+
+/// Sixteen outputs a block, two a warp, for so many rows of `x`; a table of pairs of values and
+/// rows of `x` in dynamic shared memory.
+fn matvec_geometry(arguments: &Arguments, rows: u64) -> Result<Option<Geometry>, ArgumentProblem> {
+    grid(
+        [
+            arguments.get("n").div_ceil(16),
+            arguments.get("m").div_ceil(rows),
+        ],
+        256,
+        64 << 10,
+    )
+}
 
 // --- AdamW --------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from fourbit.codebook import Codebook
 from fourbit.layout import BLOCK_SIZES
 
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
+COLUMNS = ("kernel", "dtype", "block", "bits", "double")
 # Where one architecture must stand for all.
 ONE_TARGET = 90
 
@@ -138,10 +139,8 @@ def table(found: Iterable[Usage]) -> str:
         f"By NVRTC {major}.{minor}: registers a thread / bytes of shared memory that the kernel",
         "declares. A star marks a spill, of which there must be none.",
         "",
-        "| kernel | dtype | block | bits | double | "
-        + " | ".join(f"sm_{t}" for t in TARGETS)
-        + " |",
-        "|---" * (5 + len(TARGETS)) + "|",
+        "| " + " | ".join([*COLUMNS, *(f"sm_{target}" for target in TARGETS)]) + " |",
+        "|---" * (len(COLUMNS) + len(TARGETS)) + "|",
     ]
     rows: dict[tuple[object, ...], dict[int, str]] = {}
     for usage in found:

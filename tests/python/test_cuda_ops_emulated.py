@@ -162,25 +162,46 @@ def weight(out_features=48, in_features=200, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [(), (1,), (3,), (2, 9), (70,), (0,)])
+@pytest.mark.parametrize("rows", [(), (1,), (3,), (2, 4), (2, 9), (70,), (0,)])
 def test_products(dtype, rows):
-    dense, packed = weight(dtype=dtype)
+    dense, packed = weight()
     x, y = numbers(*rows, 200, dtype=dtype), numbers(*rows, 48, dtype=dtype)
-    bias = numbers(48)
-    exact = x.double() @ dense.double().T + bias.to(dtype).double()
-    error = (cuda_ops.linear(x, bias, *packed).double() - exact).abs()
-    # Sums of 200 terms in float32 and one rounding at the end.
-    bound = torch.finfo(dtype).eps * exact.abs() + 200 * 2**-24 * (
-        x.double().abs() @ dense.double().abs().T
-    )
-    assert bool((error <= bound).all())
-    exact = y.double() @ dense.double()
-    error = (cuda_ops.linear_transposed(y, *packed).double() - exact).abs()
-    bound = torch.finfo(dtype).eps * exact.abs() + 48 * 2**-24 * (
-        y.double().abs() @ dense.double().abs()
-    )
-    assert bool((error <= bound).all())
-    assert error.shape == (*rows, 200)
+    bias = numbers(48).to(dtype)
+    unit = torch.finfo(dtype).eps / 2
+    for ours, operand, matrix, added in (
+        (cuda_ops.linear(x, bias, *packed), x, dense.T, bias),
+        (cuda_ops.linear(x, None, *packed), x, dense.T, torch.zeros(48)),
+        (cuda_ops.linear_transposed(y, *packed), y, dense, torch.zeros(200)),
+    ):
+        exact = operand.double() @ matrix.double() + added.double()
+        # The weight is rounded to the dtype where it is decoded, sums are in float32, and the
+        # result is rounded once, and once more where the bias is added afterwards.
+        size = operand.double().abs() @ matrix.double().abs() + added.double().abs()
+        bound = (unit + matrix.shape[0] * 2**-24) * size + 2 * unit * exact.abs()
+        assert ours.dtype == dtype
+        assert ours.shape == exact.shape
+        assert bool(((ours.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+def test_few_rows_are_multiplied_from_packed_codes(rows, monkeypatch):
+    launched = []
+    launch = EmulatedProgram.launch
+
+    def watched(self, kernel, stream, arguments):
+        launched.append(kernel)
+        launch(self, kernel, stream, arguments)
+
+    monkeypatch.setattr(EmulatedProgram, "launch", watched)
+    _, packed = weight()
+    cuda_ops.linear(numbers(rows, 200), None, *packed)
+    at_once = {1: 1, 2: 2, 3: 4, 5: 8, 8: 8}[rows]
+    assert launched == [f"fourbit_matvec_{at_once}"]
+    # Codes that are not aligned as that kernel needs are decoded.
+    moved = torch.empty(packed[0].numel() + 1, dtype=torch.uint8)[1:]
+    moved.copy_(packed[0].view(-1))
+    cuda_ops.linear(numbers(rows, 200), None, moved, *packed[1:])
+    assert launched[1:] == ["fourbit_dequantize"]
 
 
 def test_parts_of_the_wrong_size_dtype_or_place_are_named():
