@@ -143,6 +143,12 @@ __device__ __forceinline__ void search_tree(const float* tree, const float (&num
     for (u32 i = 0; i < COUNT; ++i) ranks[i] -= 1u << LEVELS;
 }
 
+// The same number, as one that the compiler knows nothing about: it is kept in a register, not
+// computed anew or merged into other computations at every use. All lanes of a warp take part.
+__device__ __forceinline__ u32 computed(u32 number) {
+    return __shfl_sync(ALL_LANES, number, int(threadIdx.x % WARP));
+}
+
 // --- what is not plain C++ ----------------------------------------------------------------------
 
 #ifdef FOURBIT_EMULATED
@@ -155,7 +161,6 @@ __device__ __forceinline__ float half_to_float(u16 bits) { return emulator::half
 __device__ __forceinline__ u16 float_to_half(float number) {
     return emulator::float_to_half(number);
 }
-__device__ __forceinline__ u32 computed(u32 number) { return number; }
 __device__ __forceinline__ Wide load_once(const Wide* source) {
     emulator::check_aligned(source, 16);
     return *source;
@@ -213,13 +218,6 @@ __device__ __forceinline__ u16 float_to_half(float number) {
     u16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
     return bits;
-}
-
-// The same number, as one that the compiler knows nothing about: it is kept in a register, not
-// computed anew or merged into other computations at every use.
-__device__ __forceinline__ u32 computed(u32 number) {
-    asm volatile("" : "+r"(number));
-    return number;
 }
 
 // Reads what no thread will read again: past the first-level cache.

@@ -33,6 +33,7 @@ template <> struct Unsigned<1> { using Type = u8; };
 template <> struct Unsigned<2> { using Type = u16; };
 template <> struct Unsigned<4> { using Type = u32; };
 using Word = Unsigned<WORD_BYTES>::Type;
+using Packed = Pack<Word, WORDS>;
 
 // --- from numbers to codes ----------------------------------------------------------------------
 
@@ -208,10 +209,9 @@ template <class T> __device__ __forceinline__ u32 largest_magnitude(const Wide& 
     }
 }
 
-// The codes of a vector, given what `normalise` takes.
-template <class T>
-__device__ __forceinline__ Pack<Word, WORDS> encode(const Codes& codes, const Wide& vector,
-                                                    float inverse, bool lifted) {
+// The codes of a vector, given what `normalise` takes; LIFTED if that may be negative.
+template <class T, bool LIFTED>
+__device__ __forceinline__ Packed encode(const Codes& codes, const Wide& vector, float inverse) {
     float numbers[WORDS][WORD_ELEMENTS];
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
@@ -222,16 +222,12 @@ __device__ __forceinline__ Pack<Word, WORDS> encode(const Codes& codes, const Wi
             unpack_pair<T>(vector.words[i], two[0], two[1]);
         }
     }
-    if (lifted) {
-        for (auto& of_word : numbers) {
-            for (float& number : of_word) number = normalise(number, inverse);
-        }
-    } else {
-        for (auto& of_word : numbers) {
-            for (float& number : of_word) number *= inverse;
-        }
+#pragma unroll
+    for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
+        float& number = numbers[i / WORD_ELEMENTS][i % WORD_ELEMENTS];
+        number = LIFTED ? normalise(number, inverse) : number * inverse;
     }
-    Pack<Word, WORDS> packed;
+    Packed packed;
 #pragma unroll
     for (u32 w = 0; w < WORDS; ++w) {
         // The first code stands highest in its byte, but the first byte lowest in its word.
@@ -239,6 +235,16 @@ __device__ __forceinline__ Pack<Word, WORDS> encode(const Codes& codes, const Wi
         packed.elements[w] = Word(__byte_perm(codes.encode(numbers[w]), 0, ORDER));
     }
     return packed;
+}
+
+// Bytes with codes of the first `count` elements.
+__device__ __forceinline__ void store_part(u8* target, const Packed& bytes, i64 count) {
+#pragma unroll
+    for (u32 i = 0; i < CODE_BYTES; ++i) {
+        if (i64(i * BYTE_ELEMENTS) < count) {
+            target[i] = u8(bytes.elements[i / WORD_BYTES] >> 8 * (i % WORD_BYTES));
+        }
+    }
 }
 
 // --- the kernel ---------------------------------------------------------------------------------
@@ -349,24 +355,34 @@ fourbit_quantize(const ELEMENT* __restrict__ input, u8* __restrict__ packed,
         }
 
         const float owned_inverse = inverse_of_scale(scale);
-        u8* const first_target = packed + (tile / BYTE_ELEMENTS + start / BYTE_ELEMENTS);
-        const bool lifted = __any_sync(ALL_LANES, owned_inverse < 0.0f);
+        float inverses[VECTORS];
 #pragma unroll
         for (u32 v = 0; v < VECTORS; ++v) {
-            const float inverse =
-                LANE_BLOCKS == 1
-                    ? owned_inverse
-                    : __shfl_sync(ALL_LANES, owned_inverse, v / BLOCK_VECTORS, LANE_BLOCKS);
-            const auto bytes = encode<Element>(codes, vectors[v], inverse, lifted);
-            u8* const target = first_target + v * (WARP_ELEMENTS / BYTE_ELEMENTS);
-            if (whole) {
-                store_aligned(reinterpret_cast<Pack<Word, WORDS>*>(target), bytes);
-            } else {
+            inverses[v] = LANE_BLOCKS == 1 ? owned_inverse
+                                           : __shfl_sync(ALL_LANES, owned_inverse,
+                                                         v / BLOCK_VECTORS, LANE_BLOCKS);
+        }
+        Packed bytes[VECTORS];
+        if (__any_sync(ALL_LANES, owned_inverse < 0.0f)) {
 #pragma unroll
-                for (u32 i = 0; i < CODE_BYTES; ++i) {
-                    if (first + v * WARP_ELEMENTS + i * BYTE_ELEMENTS >= count) break;
-                    target[i] = u8(bytes.elements[i / WORD_BYTES] >> 8 * (i % WORD_BYTES));
-                }
+            for (u32 v = 0; v < VECTORS; ++v) {
+                bytes[v] = encode<Element, true>(codes, vectors[v], inverses[v]);
+            }
+        } else {
+#pragma unroll
+            for (u32 v = 0; v < VECTORS; ++v) {
+                bytes[v] = encode<Element, false>(codes, vectors[v], inverses[v]);
+            }
+        }
+
+        u8* const target = packed + (tile / BYTE_ELEMENTS + start / BYTE_ELEMENTS);
+#pragma unroll
+        for (u32 v = 0; v < VECTORS; ++v) {
+            u8* const of_vector = target + v * (WARP_ELEMENTS / BYTE_ELEMENTS);
+            if (whole) {
+                store_aligned(reinterpret_cast<Packed*>(of_vector), bytes[v]);
+            } else {
+                store_part(of_vector, bytes[v], count - (first + v * WARP_ELEMENTS));
             }
         }
     }
