@@ -92,7 +92,7 @@ template <u32 M> struct Columns {
         const u32 windows = (used + WINDOW - 1) / WINDOW;
         const u32 count = windows * (WINDOW / GRANULE);
         const bool wide = k % GRANULE == 0 && reinterpret_cast<u64>(x) % sizeof(Granule) == 0;
-#pragma unroll
+#pragma unroll 1
         for (u32 row = 0; row < M; ++row) {
             const bool there = first_row + row < m;
             const ELEMENT* source = x + (first_row + row) * k + first;
@@ -252,17 +252,25 @@ __device__ __forceinline__ void sum_any(float (&sums)[ROWS][M], const Weight& we
                 const float scale = weight.scales.decode(fetched, offset);
                 const i64 first_column = chunk * CHUNK - start;
                 float parts[M] = {};
+                // Unrolled, this path would take more instructions than all others together.
+#pragma unroll 1
+                for (u32 w = 0; w < 4; ++w) {
+                    const u32 word = w == 0   ? codes.words[0]
+                                     : w == 1 ? codes.words[1]
+                                     : w == 2 ? codes.words[2]
+                                              : codes.words[3];
 #pragma unroll
-                for (u32 byte = 0; byte < CHUNK / 2; ++byte) {
-                    const ValuePair both = look_up(table, codes.words[byte / 4], byte % 4, mine);
-                    const float values[2] = {both.first, both.second};
+                    for (u32 byte = 0; byte < 4; ++byte) {
+                        const ValuePair both = look_up(table, word, byte, mine);
+                        const float values[2] = {both.first, both.second};
 #pragma unroll
-                    for (u32 e = 0; e < 2; ++e) {
-                        const i64 column = first_column + 2 * byte + e;
-                        if (column < 0 || column >= used) continue;
+                        for (u32 e = 0; e < 2; ++e) {
+                            const i64 column = first_column + 8 * w + 2 * byte + e;
+                            if (column < 0 || column >= used) continue;
 #pragma unroll
-                        for (u32 i = 0; i < M; ++i) {
-                            parts[i] += values[e] * columns.number(i, u32(column));
+                            for (u32 i = 0; i < M; ++i) {
+                                parts[i] += values[e] * columns.number(i, u32(column));
+                            }
                         }
                     }
                 }

@@ -36,10 +36,17 @@ from fourbit.codebook import Codebook, by_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "cuda"
-OPTIONS = (
-    "-std=c++20 -O1 -fPIC -ffp-contract=off -fno-gnu-unique -Wall -Wextra -Werror "
-    "-Wno-unknown-pragmas"
-).split()
+OPTIONS = [
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ALIGNMENT = 256
 GUARD_BYTES = 64 << 10

@@ -46,7 +46,7 @@ def by_library(specialisations: list[Specialisation]) -> list[list[Specialisatio
 
 
 def tile(specialisation: Specialisation) -> int:
-    """Elements that a thread block of `fourbit_quantize` or `fourbit_dequantize` takes at a time."""
+    """Elements that a block of `fourbit_quantize` or `fourbit_dequantize` takes at a time."""
     return 256 * 4 * 16 // specialisation.dtype.itemsize
 
 
@@ -109,9 +109,7 @@ def quantize_absmax(
     nested_offset = Buffer.empty(1, torch.float32)
     bad = Buffer(torch.tensor([-1, -1]))
     outputs = (codes, nested_absmax, nested_offset, bad)
-    kernels.launch(
-        "fourbit_absmax_encode", source, count, sums, *outputs, grid=grid, order=order
-    )
+    kernels.launch("fourbit_absmax_encode", source, count, sums, *outputs, grid=grid, order=order)
     found = [None if index == -1 else index for index in bad.tensor().tolist()]
     return codes.tensor(), nested_absmax.tensor(), nested_offset.tensor(), found
 

@@ -1,4 +1,4 @@
-"""More than 2^31 elements: only the last tiles of a grid are run, in memory that is never touched."""
+"""More than 2^31 elements: only the last tiles of a grid run, in memory that is never touched."""
 
 import ctypes
 

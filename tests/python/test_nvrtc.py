@@ -25,8 +25,9 @@ def _compiler():
         pytest.skip(f"no NVRTC: {error}")
 
 
-def test_no_kernel_spills_on_any_architecture(capsys):
-    found = resources.all_usages()
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_kernel_spills_on_any_architecture(every, capsys):
+    found = resources.all_usages(every=every)
     table = resources.table(found)
     with capsys.disabled():
         print(f"\n{table}")
