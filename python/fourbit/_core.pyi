@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "adamw8_step",
     "adamw32_step",
+    "adamw_segments",
     "add_quantization_config",
     "build_kernel",
     "compile_kernel",
@@ -139,6 +140,17 @@ class CudaProgram:
     ) -> CudaProgram: ...
     def launch(self, kernel: str, stream: int, arguments: Sequence[int | float]) -> None: ...
 
+def adamw_segments(
+    parameters: Sequence[tuple[Sequence[int], int, Sequence[str], int, int]],
+    *,
+    first_tile: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> tuple[bytes, int]: ...
 def adamw32_step(
     params: list[Tensor],
     grads: list[Tensor],

@@ -102,22 +102,25 @@ pub(super) fn file(name: &str) -> PyResult<&'static File> {
     kernels::file(name).map_err(|error| to_python(&error.into()))
 }
 
+pub(super) fn dtype_by_name(name: &str) -> PyResult<Dtype> {
+    [Dtype::F32, Dtype::F16, Dtype::Bf16]
+        .into_iter()
+        .find(|known| known.torch_name() == name)
+        .ok_or_else(|| {
+            PyTypeError::new_err(format!(
+                "dtype is {name:?}; use float32, float16 or bfloat16"
+            ))
+        })
+}
+
 pub(super) fn specialisation(
     dtype: &str,
     block_size: u64,
     codebook: Option<&Codebook>,
     double_quant: bool,
 ) -> PyResult<Specialisation> {
-    let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16]
-        .into_iter()
-        .find(|known| known.torch_name() == dtype)
-        .ok_or_else(|| {
-            PyTypeError::new_err(format!(
-                "dtype is {dtype:?}; use float32, float16 or bfloat16"
-            ))
-        })?;
     Ok(Specialisation {
-        dtype,
+        dtype: dtype_by_name(dtype)?,
         block_size: BlockSize::new(block_size).map_err(|error| to_python(&error))?,
         codebook: codebook.map_or_else(|| codebook::Codebook::nf4().clone(), |book| book.0.clone()),
         double_quant,

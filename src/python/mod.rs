@@ -38,7 +38,7 @@ mod _core {
         kernel_geometry, kernel_register, kernel_source, raise_non_finite, raise_scale_overflow,
     };
     #[pymodule_export]
-    use super::optimizer::{adamw8_step, adamw32_step};
+    use super::optimizer::{adamw_segments, adamw8_step, adamw32_step};
     #[pymodule_export]
     use super::quantize::{
         Codebook, dequantize, dequantize_absmax, quantize, quantize_absmax, simd_backends,
