@@ -87,6 +87,11 @@ constexpr float SUBNORMAL_LIFT = 0x1p64f;
 constexpr float LARGEST_FLOAT = 0x1.fffffep127f;
 constexpr u32 INFINITY_BITS = 0x7f800000u;
 
+// The bits of a magnitude: in the order of magnitudes, with infinity and then the NaNs above all.
+__device__ __forceinline__ u32 magnitude_bits(float number) {
+    return float_to_bits(number) & 0x7fffffffu;
+}
+
 // What `normalise` takes for a scale of at least 0: its reciprocal; 0 for 0; with a minus sign, the
 // reciprocal of scale * SUBNORMAL_LIFT.
 __device__ __forceinline__ float inverse_of_scale(float scale) {
@@ -116,16 +121,32 @@ template <u32 LEVELS> __device__ __forceinline__ u32 index_of_node(u32 node) {
     return next - (1u << LEVELS) - 1;
 }
 
-// How many midpoints are below a number (BELOW), or not above it.
-template <u32 LEVELS, bool BELOW = true>
-__device__ __forceinline__ u32 search_tree(const float* tree, float number) {
-    u32 node = 1;
+// For each number, how many midpoints are below it (BELOW), or not above it. The searches go down
+// level by level together, so that their accesses overlap.
+template <u32 LEVELS, bool BELOW, u32 COUNT>
+__device__ __forceinline__ void search_tree(const float* tree, const float (&numbers)[COUNT],
+                                            u32 (&ranks)[COUNT]) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) ranks[i] = 1;
 #pragma unroll
     for (u32 level = 0; level < LEVELS; ++level) {
-        const float midpoint = tree[node];
-        node = 2 * node + u32(BELOW ? midpoint < number : midpoint <= number);
+        float midpoints[COUNT];
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) midpoints[i] = tree[ranks[i]];
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) {
+            const bool right = BELOW ? midpoints[i] < numbers[i] : midpoints[i] <= numbers[i];
+            ranks[i] = 2 * ranks[i] + u32(right);
+        }
     }
-    return node - (1u << LEVELS);
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) ranks[i] -= 1u << LEVELS;
+}
+
+// The same number, as one that the compiler knows nothing about: it is kept in a register, not
+// computed anew or merged into other computations at every use. All lanes of a warp take part.
+__device__ __forceinline__ u32 computed(u32 number) {
+    return __shfl_sync(ALL_LANES, number, int(threadIdx.x % WARP));
 }
 
 // --- what is not plain C++ ----------------------------------------------------------------------
@@ -140,7 +161,6 @@ __device__ __forceinline__ float half_to_float(u16 bits) { return emulator::half
 __device__ __forceinline__ u16 float_to_half(float number) {
     return emulator::float_to_half(number);
 }
-__device__ __forceinline__ u32 computed(u32 number) { return number; }
 __device__ __forceinline__ Wide load_once(const Wide* source) {
     emulator::check_aligned(source, 16);
     return *source;
@@ -198,13 +218,6 @@ __device__ __forceinline__ u16 float_to_half(float number) {
     u16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(number));
     return bits;
-}
-
-// The same number, as one that the compiler knows nothing about: it is kept in a register, not
-// computed anew or merged into other computations at every use.
-__device__ __forceinline__ u32 computed(u32 number) {
-    asm volatile("" : "+r"(number));
-    return number;
 }
 
 // Reads what no thread will read again: past the first-level cache.

@@ -108,6 +108,15 @@ __device__ double sum_in_order(const double* sums, i64 chunks) {
 
 // --- codes --------------------------------------------------------------------------------------
 
+// Notes a scale that is no number without the offset, or whose decoded value is none.
+__device__ __noinline__ void report_bad(float shifted, float decoded, i64 index, u64* first_bad) {
+    if (magnitude_bits(shifted) >= INFINITY_BITS) {
+        atomicMin(&first_bad[0], u64(index));
+    } else if (magnitude_bits(decoded) >= INFINITY_BITS) {
+        atomicMin(&first_bad[1], u64(index));
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 fourbit_absmax_encode(const float* __restrict__ absmax, i64 count, const double* __restrict__ sums,
                       u8* __restrict__ codes, float* __restrict__ nested_absmax,
@@ -126,15 +135,18 @@ fourbit_absmax_encode(const float* __restrict__ absmax, i64 count, const double*
     for (i64 block = i64(blockIdx.x) * WARPS + warp; block < blocks;
          block += i64(gridDim.x) * WARPS) {
         const i64 first = block * NESTED_BLOCK_SIZE + lane;
+        // Loads, searches and stores each by themselves, so that those of a lane overlap.
         float shifted[LANE_SCALES];
+#pragma unroll
+        for (u32 i = 0; i < LANE_SCALES; ++i) {
+            shifted[i] = first + i * WARP < count ? absmax[first + i * WARP] : offset;
+        }
         u32 largest = 0;
 #pragma unroll
         for (u32 i = 0; i < LANE_SCALES; ++i) {
-            const i64 index = first + i * WARP;
-            shifted[i] = index < count ? absmax[index] - offset : 0.0f;
-            const u32 magnitude = float_to_bits(shifted[i]) & 0x7fffffffu;
-            if (magnitude >= INFINITY_BITS) atomicMin(&first_bad[0], u64(index));
-            largest = max(largest, magnitude);
+            // 0 for what is behind the end, if the offset is finite.
+            shifted[i] -= offset;
+            largest = max(largest, magnitude_bits(shifted[i]));
         }
         for (u32 step = WARP / 2; step > 0; step /= 2) {
             largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, step));
@@ -142,17 +154,18 @@ fourbit_absmax_encode(const float* __restrict__ absmax, i64 count, const double*
         const float scale = bits_to_float(largest);
         const float inverse = inverse_of_scale(scale);
         if (lane == 0) nested_absmax[block] = scale;
-        const bool may_overflow = !(scale + (offset < 0.0f ? -offset : offset) <= LARGEST_FLOAT);
+        u32 ranks[LANE_SCALES];
+#pragma unroll
+        for (u32 i = 0; i < LANE_SCALES; ++i) shifted[i] = normalise(shifted[i], inverse);
+        search_tree<NESTED_BITS, true>(tree, shifted, ranks);
 #pragma unroll
         for (u32 i = 0; i < LANE_SCALES; ++i) {
-            const i64 index = first + i * WARP;
-            if (index >= count) break;
-            const u32 code = search_tree<NESTED_BITS>(tree, normalise(shifted[i], inverse));
-            codes[index] = u8(code);
-            if (may_overflow) {
-                const u32 decoded =
-                    float_to_bits(decode_scale(NESTED_VALUE[code], scale, offset));
-                if ((decoded & 0x7fffffffu) >= INFINITY_BITS) atomicMin(&first_bad[1], u64(index));
+            if (first + i * WARP < count) codes[first + i * WARP] = u8(ranks[i]);
+        }
+        if (!(scale + (offset < 0.0f ? -offset : offset) <= LARGEST_FLOAT)) {
+            for (i64 i = first; i < count && i < first + NESTED_BLOCK_SIZE; i += WARP) {
+                report_bad(absmax[i] - offset, decode_scale(NESTED_VALUE[codes[i]], scale, offset),
+                           i, first_bad);
             }
         }
     }

@@ -33,6 +33,7 @@ template <> struct Unsigned<1> { using Type = u8; };
 template <> struct Unsigned<2> { using Type = u16; };
 template <> struct Unsigned<4> { using Type = u32; };
 using Word = Unsigned<WORD_BYTES>::Type;
+using Packed = Pack<Word, WORDS>;
 
 // --- from numbers to codes ----------------------------------------------------------------------
 
@@ -105,37 +106,41 @@ template <bool FIT> struct Encoder;
 template <> struct Encoder<true> {
     // Half a warp's 64-bit accesses are served at once, so 16 copies keep lanes apart.
     static constexpr u32 COPIES = 16;
-    struct Entry {
+    struct alignas(8) Entry {
         float midpoint;
         u32 codes;
     };
     struct Table {
-        Pack<u32, 2> entries[BINS * COPIES];
+        Entry entries[BINS * COPIES];
     };
 
     const u8* table;
-    u32 lane_offset;
+    u32 copy;
 
     static __device__ __forceinline__ void fill(Table& table) {
         for (u32 i = threadIdx.x; i < BINS * COPIES; i += THREADS) {
             const u32 bin = i / COPIES;
-            table.entries[i] = {float_to_bits(CODEBOOK_BINS.midpoints[bin]),
-                                CODEBOOK_BINS.codes[bin]};
+            table.entries[i] = {CODEBOOK_BINS.midpoints[bin], CODEBOOK_BINS.codes[bin]};
         }
     }
     __device__ __forceinline__ Encoder(const Table& filled)
         : table(reinterpret_cast<const u8*>(&filled)),
-          lane_offset(computed(threadIdx.x % COPIES * u32(sizeof(Entry)))) {}
+          copy(computed(threadIdx.x % COPIES * u32(sizeof(Entry)))) {}
 
-    // Puts the code of a number behind those in `word`.
-    __device__ __forceinline__ u32 append(u32 word, float number) const {
-        const u32 bin = float_to_bits(__fmaf_rn(number, BIN_SLOPE, BIN_OFFSET)) & BIN_MASK;
-        const auto entry = load_aligned(
-            reinterpret_cast<const Pack<u32, 2>*>(table + (bin | lane_offset)));
-        // 1 if the number is above: then the difference is negative, and only then.
-        const u32 above = float_to_bits(bits_to_float(entry.elements[0]) - number) >> 31;
-        if (CODES_ARE_RANKS) return (word << CODE_BITS) + entry.elements[1] + above;
-        return (word << CODE_BITS) + __byte_perm(entry.elements[1], 0, 0x4440 + above);
+    // The codes of the numbers of a word, the first one highest.
+    __device__ __forceinline__ u32 encode(const float (&numbers)[WORD_ELEMENTS]) const {
+        u32 word = 0;
+#pragma unroll
+        for (const float number : numbers) {
+            const u32 bin = float_to_bits(__fmaf_rn(number, BIN_SLOPE, BIN_OFFSET)) & BIN_MASK;
+            const auto entry = load_aligned(reinterpret_cast<const Entry*>(table + (bin | copy)));
+            // 1 if the number is above: then the difference is negative, and only then.
+            const u32 above = float_to_bits(entry.midpoint - number) >> 31;
+            const u32 code = CODES_ARE_RANKS ? entry.codes + above
+                                             : __byte_perm(entry.codes, 0, 0x4440 + above);
+            word = (word << CODE_BITS) + code;
+        }
+        return word;
     }
 };
 
@@ -158,9 +163,14 @@ template <> struct Encoder<false> {
     }
     __device__ __forceinline__ Encoder(const Table& filled) : table(filled) {}
 
-    __device__ __forceinline__ u32 append(u32 word, float number) const {
-        const u32 rank = search_tree<CODE_BITS, !TIES_UPPER>(table.tree, number);
-        return word << CODE_BITS | (CODES_ARE_RANKS ? rank : table.codes[rank]);
+    __device__ __forceinline__ u32 encode(const float (&numbers)[WORD_ELEMENTS]) const {
+        u32 ranks[WORD_ELEMENTS], word = 0;
+        search_tree<CODE_BITS, !TIES_UPPER>(table.tree, numbers, ranks);
+#pragma unroll
+        for (const u32 rank : ranks) {
+            word = word << CODE_BITS | (CODES_ARE_RANKS ? rank : table.codes[rank]);
+        }
+        return word;
     }
 };
 
@@ -180,8 +190,7 @@ __device__ __forceinline__ Wide load_part(const Element* input, i64 first, i64 c
     return __builtin_bit_cast(Wide, elements);
 }
 
-// The bits of the largest magnitude of a vector, as a float. Magnitudes have the order of their
-// bits, with infinity and the NaNs above all numbers.
+// `magnitude_bits` of the largest magnitude of a vector.
 template <class T> __device__ __forceinline__ u32 largest_magnitude(const Wide& vector) {
     if constexpr (sizeof(T) == 4) {
         u32 largest = vector.words[0] & 0x7fffffffu;
@@ -200,37 +209,42 @@ template <class T> __device__ __forceinline__ u32 largest_magnitude(const Wide& 
     }
 }
 
-// The codes of a vector, given what `normalise` takes.
-template <class T>
-__device__ __forceinline__ Pack<Word, WORDS> encode(const Codes& codes, const Wide& vector,
-                                                    float inverse, bool lifted) {
-    float numbers[LANE_ELEMENTS];
+// The codes of a vector, given what `normalise` takes; LIFTED if that may be negative.
+template <class T, bool LIFTED>
+__device__ __forceinline__ Packed encode(const Codes& codes, const Wide& vector, float inverse) {
+    float numbers[WORDS][WORD_ELEMENTS];
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
         if constexpr (sizeof(T) == 4) {
-            numbers[i] = bits_to_float(vector.words[i]);
+            numbers[0][i] = bits_to_float(vector.words[i]);
         } else {
-            unpack_pair<T>(vector.words[i], numbers[2 * i], numbers[2 * i + 1]);
+            float* const two = &numbers[2 * i / WORD_ELEMENTS][2 * i % WORD_ELEMENTS];
+            unpack_pair<T>(vector.words[i], two[0], two[1]);
         }
     }
-    if (lifted) {
-        for (float& number : numbers) number = normalise(number, inverse);
-    } else {
-        for (float& number : numbers) number *= inverse;
+#pragma unroll
+    for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
+        float& number = numbers[i / WORD_ELEMENTS][i % WORD_ELEMENTS];
+        number = LIFTED ? normalise(number, inverse) : number * inverse;
     }
-    Pack<Word, WORDS> packed;
+    Packed packed;
 #pragma unroll
     for (u32 w = 0; w < WORDS; ++w) {
-        u32 word = 0;
-#pragma unroll
-        for (u32 i = 0; i < WORD_ELEMENTS; ++i) {
-            word = codes.append(word, numbers[w * WORD_ELEMENTS + i]);
-        }
         // The first code stands highest in its byte, but the first byte lowest in its word.
         constexpr u32 ORDER = WORD_BYTES == 4 ? 0x0123 : WORD_BYTES == 2 ? 0x4401 : 0x4440;
-        packed.elements[w] = Word(__byte_perm(word, 0, ORDER));
+        packed.elements[w] = Word(__byte_perm(codes.encode(numbers[w]), 0, ORDER));
     }
     return packed;
+}
+
+// Bytes with codes of the first `count` elements.
+__device__ __forceinline__ void store_part(u8* target, const Packed& bytes, i64 count) {
+#pragma unroll
+    for (u32 i = 0; i < CODE_BYTES; ++i) {
+        if (i64(i * BYTE_ELEMENTS) < count) {
+            target[i] = u8(bytes.elements[i / WORD_BYTES] >> 8 * (i % WORD_BYTES));
+        }
+    }
 }
 
 // --- the kernel ---------------------------------------------------------------------------------
@@ -244,7 +258,7 @@ __device__ __noinline__ void report_bad(const Element* input, i64 first, i64 cou
         for (u32 i = 0; i < LANE_ELEMENTS; ++i) {
             const i64 index = first + v * WARP_ELEMENTS + i;
             if (index >= count) return;
-            if ((float_to_bits(to_float(input[index])) & 0x7fffffffu) >= INFINITY_BITS) {
+            if (magnitude_bits(to_float(input[index])) >= INFINITY_BITS) {
                 atomicMin(first_bad, u64(index));
                 return;
             }
@@ -292,9 +306,9 @@ fourbit_quantize(const ELEMENT* __restrict__ input, u8* __restrict__ packed,
                          reinterpret_cast<u64>(packed) % CODE_BYTES == 0;
     // Of this thread's first vector and of its block, in the tile.
     const u32 start = (warp * VECTORS * WARP + lane) * LANE_ELEMENTS;
-    const u32 owned_start = computed(warp * VECTORS * WARP_ELEMENTS +
-                            lane % LANE_BLOCKS * BLOCK_VECTORS * WARP_ELEMENTS +
-                            lane / BLOCK_LANES * BLOCK_LANES * LANE_ELEMENTS);
+    const u32 owned_start = computed((warp * VECTORS + lane % LANE_BLOCKS * BLOCK_VECTORS) *
+                                         WARP_ELEMENTS +
+                                     lane / BLOCK_LANES * BLOCK_LANES * LANE_ELEMENTS);
     const bool owner = lane % BLOCK_LANES < LANE_BLOCKS && owned_start % BLOCK_SIZE == 0;
 
     for (i64 tile = i64(blockIdx.x) * TILE; tile < count; tile += i64(gridDim.x) * TILE) {
@@ -341,24 +355,34 @@ fourbit_quantize(const ELEMENT* __restrict__ input, u8* __restrict__ packed,
         }
 
         const float owned_inverse = inverse_of_scale(scale);
-        u8* const first_target = packed + (tile / BYTE_ELEMENTS + start / BYTE_ELEMENTS);
-        const bool lifted = __any_sync(ALL_LANES, owned_inverse < 0.0f);
+        float inverses[VECTORS];
 #pragma unroll
         for (u32 v = 0; v < VECTORS; ++v) {
-            const float inverse =
-                LANE_BLOCKS == 1
-                    ? owned_inverse
-                    : __shfl_sync(ALL_LANES, owned_inverse, v / BLOCK_VECTORS, LANE_BLOCKS);
-            const auto bytes = encode<Element>(codes, vectors[v], inverse, lifted);
-            u8* const target = first_target + v * (WARP_ELEMENTS / BYTE_ELEMENTS);
-            if (whole) {
-                store_aligned(reinterpret_cast<Pack<Word, WORDS>*>(target), bytes);
-            } else {
+            inverses[v] = LANE_BLOCKS == 1 ? owned_inverse
+                                           : __shfl_sync(ALL_LANES, owned_inverse,
+                                                         v / BLOCK_VECTORS, LANE_BLOCKS);
+        }
+        Packed bytes[VECTORS];
+        if (__any_sync(ALL_LANES, owned_inverse < 0.0f)) {
 #pragma unroll
-                for (u32 i = 0; i < CODE_BYTES; ++i) {
-                    if (first + v * WARP_ELEMENTS + i * BYTE_ELEMENTS >= count) break;
-                    target[i] = u8(bytes.elements[i / WORD_BYTES] >> 8 * (i % WORD_BYTES));
-                }
+            for (u32 v = 0; v < VECTORS; ++v) {
+                bytes[v] = encode<Element, true>(codes, vectors[v], inverses[v]);
+            }
+        } else {
+#pragma unroll
+            for (u32 v = 0; v < VECTORS; ++v) {
+                bytes[v] = encode<Element, false>(codes, vectors[v], inverses[v]);
+            }
+        }
+
+        u8* const target = packed + (tile / BYTE_ELEMENTS + start / BYTE_ELEMENTS);
+#pragma unroll
+        for (u32 v = 0; v < VECTORS; ++v) {
+            u8* const of_vector = target + v * (WARP_ELEMENTS / BYTE_ELEMENTS);
+            if (whole) {
+                store_aligned(reinterpret_cast<Packed*>(of_vector), bytes[v]);
+            } else {
+                store_part(of_vector, bytes[v], count - (first + v * WARP_ELEMENTS));
             }
         }
     }

@@ -37,8 +37,8 @@ from fourbit.codebook import Codebook, by_name
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "cuda"
 OPTIONS = (
-    "-std=c++20 -O1 -shared -fPIC -ffp-contract=off -fno-gnu-unique -Wall -Wextra -Werror "
-    "-Wno-unknown-pragmas -x c++"
+    "-std=c++20 -O1 -fPIC -ffp-contract=off -fno-gnu-unique -Wall -Wextra -Werror "
+    "-Wno-unknown-pragmas"
 ).split()
 ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 ALIGNMENT = 256
@@ -131,14 +131,26 @@ def _folder() -> Path:
     return folder
 
 
+def _compile(text: str, *options: str) -> None:
+    command = [os.environ.get("CXX", "g++"), *OPTIONS, *options]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KernelError(done.stderr)
+
+
+@cache
+def _header() -> Path:
+    """``emulator.h`` in the folder, precompiled: it takes longer than most kernels."""
+    header = _folder() / "emulator.h"
+    shutil.copyfile(Path(__file__).with_name("emulator.h"), header)
+    _compile("", "-x", "c++-header", str(header), "-o", f"{header}.gch")
+    return header
+
+
 @cache
 def _library(text: str) -> ctypes.CDLL:
     path = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
-    header = Path(__file__).with_name("emulator.h")
-    command = [os.environ.get("CXX", "g++"), *OPTIONS, "-include", str(header), "-o", str(path)]
-    done = subprocess.run([*command, "-"], input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise KernelError(done.stderr)
+    _compile(text, "-include", str(_header()), "-shared", "-x", "c++", "-", "-o", str(path))
     return ctypes.CDLL(str(path))
 
 

@@ -12,7 +12,8 @@
 // - a block whose threads wait for each other for ever is an error, and so is a misaligned access
 //   through the wrappers of common.cuh.
 // What it cannot show: races between blocks, memory ordering, bank conflicts and speed.
-#pragma once
+#ifndef FOURBIT_EMULATED
+#define FOURBIT_EMULATED 1
 
 #include <ucontext.h>
 
@@ -30,7 +31,6 @@
 #include <utility>
 #include <vector>
 
-#define FOURBIT_EMULATED 1
 #define __global__ [[maybe_unused]]
 #define __device__
 #define __host__
@@ -132,6 +132,10 @@ inline void leave() { swapcontext(&current->context, &scheduler); }
     while (true) leave();
 }
 
+[[noreturn, gnu::noinline]] inline void fail_apart(const char* here, const char* there) {
+    fail(std::string(here) + " where other threads of the group are at " + there);
+}
+
 inline unsigned alive(unsigned first, unsigned count) {
     unsigned living = 0;
     for (unsigned i = first; i < std::min(first + count, threads); ++i) living += !fibers[i].done;
@@ -142,7 +146,7 @@ inline unsigned alive(unsigned first, unsigned count) {
 template <class Work>
 inline void meet(Meeting& meeting, unsigned first, unsigned count, const char* what, Work work) {
     if (meeting.arrived && std::strcmp(meeting.what, what) != 0) {
-        fail(std::string(what) + " where other threads of the group are at " + meeting.what);
+        fail_apart(what, meeting.what);
     }
     meeting.what = what;
     ++meeting.arrived;
@@ -506,3 +510,5 @@ inline void __threadfence() {}
 inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 using std::max;
 using std::min;
+
+#endif

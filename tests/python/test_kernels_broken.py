@@ -27,7 +27,7 @@ GAPS = Specialisation(torch.float16, 64, CODEBOOKS["close"])
 def quantizes(kernels: Kernels, specialisation: Specialisation) -> None:
     generator = torch.Generator().manual_seed(3)
     for order in ORDERS:
-        count = 2 * calls.tile(specialisation) + 77
+        count = 2 * calls.tile(specialisation) + 76
         x = torch.randn(count, generator=generator)
         # Midpoints of NF4 where the scale is 1.
         x[:640:64], x[1:600:64] = 1.0, (0.7229568362236023 + 1) / 2
@@ -97,13 +97,13 @@ BROKEN = {
         "quantize", quantizes, SMALL, "if (first + i < count)", "if (first + i <= count)"
     ),
     "one byte too many": Broken(
-        "quantize", quantizes, SMALL, "* BYTE_ELEMENTS >= count", "* BYTE_ELEMENTS > count + 1"
+        "quantize", quantizes, SMALL, "* BYTE_ELEMENTS) < count", "* BYTE_ELEMENTS) <= count"
     ),
     "one lane too few in the maximum": Broken(
         "quantize", quantizes, SMALL, "step < BLOCK_LANES;", "step < BLOCK_LANES / 2;"
     ),
     "the scale of the wrong lane": Broken(
-        "quantize", quantizes, SMALL, "v / BLOCK_VECTORS, LANE_BLOCKS)", "v / BLOCK_VECTORS)"
+        "quantize", quantizes, SMALL, "v / BLOCK_VECTORS, LANE_BLOCKS)", "v / BLOCK_VECTORS, 2)"
     ),
     "a tie that takes the other value": Broken(
         "quantize", quantizes, UPPER, "TIES_UPPER ? next_below(midpoint)", "false ? midpoint"
