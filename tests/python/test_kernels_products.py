@@ -221,3 +221,67 @@ def test_matmul_of_every_block_size(block_size, codebook, generator):
     weight = Weight(21, 416, generator, double_quant=True, **options)
     x = numbers(3, 416, dtype=torch.bfloat16, generator=generator)
     assert_close(matmul(x, weight, rows=8), x, weight.exact, weight_is_rounded=True)
+
+
+def matmul_transposed(dy, weight, *, rows, splits=1, order=0, eager_copies=False):
+    m, k = dy.shape[0], weight.k
+    tiles = (-(-k // 128), -(-m // rows))
+    dx = Buffer.empty(m * k, dy.dtype)
+    partial = Buffer.empty(splits * m * k, torch.float32)
+    arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
+    weight.kernels("matmul_transposed", dy.dtype).launch(
+        f"fourbit_matmul_transposed_{rows}",
+        *(Buffer(dy), *weight.arguments(), dx),
+        *((partial, arrived) if splits > 1 else (None, None)),
+        *(m, weight.n, k, ctypes.c_uint32(splits)),
+        grid=(*tiles, splits),
+        dynamic_bytes=34816 + 32768 + 288 * rows,
+        order=order,
+        eager_copies=eager_copies,
+    )
+    assert not arrived.tensor().any(), "the next launch needs zeros"
+    return dx.tensor().reshape(m, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("m", "rows", "n", "k", "splits"),
+    [
+        (1, 8, 1, 32, 1),
+        (7, 8, 33, 96, 1),
+        (9, 16, 136, 160, 2),
+        (17, 32, 67, 224, 3),  # a split with nothing to do
+        (33, 64, 200, 64, 1),
+        (70, 64, 8, 128, 1),
+        (19, 8, 130, 32, 2),
+    ],
+)
+def test_transposed_product_of_odd_shapes(m, rows, n, k, splits, double_quant, dtype, generator):
+    weight = Weight(n, k, generator, double_quant=double_quant)
+    dy = numbers(m, n, dtype=dtype, generator=generator)
+    dx = matmul_transposed(dy, weight, rows=rows, splits=splits)
+    assert_close(dx, dy, weight.exact.T, weight_is_rounded=True)
+
+
+@pytest.mark.parametrize("n", [201, 200])
+def test_transposed_product_is_the_same_in_every_order(n, generator):
+    weight = Weight(n, 160, generator, double_quant=True)
+    dy = numbers(11, n, dtype=torch.bfloat16, generator=generator)
+    results = [
+        matmul_transposed(dy, weight, rows=16, splits=2, order=order, eager_copies=eager)
+        for order in (0, 1, 2, 3, 6)
+        for eager in (False, True)
+    ]
+    assert_close(results[0], dy, weight.exact.T, weight_is_rounded=True)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+def test_transposed_product_of_every_block_size(block_size, codebook, generator):
+    options = {"block_size": block_size, "codebook": codebook}
+    weight = Weight(21, 416, generator, double_quant=True, **options)
+    dy = numbers(3, 21, dtype=torch.bfloat16, generator=generator)
+    dx = matmul_transposed(dy, weight, rows=8)
+    assert_close(dx, dy, weight.exact.T, weight_is_rounded=True)
