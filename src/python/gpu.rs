@@ -14,14 +14,14 @@ use crate::{BlockSize, Error, codebook};
 
 /// The kernel files of `cuda/`, by name, each with the dtypes it can be compiled for and the
 /// oldest architecture of each (as 10 major + minor), the widths of codes, and its kernels, each
-/// with its parameters.
+/// with its oldest architecture and its parameters.
 #[pyfunction]
 #[allow(clippy::type_complexity)] // told in full in the stub
 pub(super) fn kernel_register() -> Vec<(
     &'static str,
     Vec<(&'static str, u32)>,
     Vec<u32>,
-    Vec<(&'static str, Vec<&'static str>)>,
+    Vec<(&'static str, u32, Vec<&'static str>)>,
 )> {
     let describe = |file: &File| {
         let dtypes = file
@@ -30,7 +30,7 @@ pub(super) fn kernel_register() -> Vec<(
             .map(|(dtype, oldest)| (dtype.torch_name(), *oldest));
         let kernels = file.kernels.iter().map(|kernel| {
             let parameters = kernel.parameters.iter().map(|parameter| parameter.name);
-            (kernel.name, parameters.collect())
+            (kernel.name, kernel.oldest, parameters.collect())
         });
         let code_bits = file.code_bits.to_vec();
         (file.name, dtypes.collect(), code_bits, kernels.collect())
@@ -84,6 +84,19 @@ pub(super) fn kernel_geometry(
         .and_then(|kernel| kernel.geometry(&kernel.arguments(&values)?, &specialisation, &card))
         .map_err(|error| to_python(&error.into()))?;
     Ok(geometry.map(|geometry| (geometry.grid, geometry.block, geometry.dynamic_bytes)))
+}
+
+/// The tiles of a tensor-core product's result, and into how many parts its sums are best cut.
+#[pyfunction]
+#[pyo3(signature = (*, rows, tile_rows, columns, depth, processors))]
+pub(super) fn product_splits(
+    rows: u64,
+    tile_rows: u64,
+    columns: u64,
+    depth: u64,
+    processors: u32,
+) -> (u64, u32) {
+    kernels::splits(rows, tile_rows, columns, depth, processors)
 }
 
 /// Raises the error of a tensor whose element of that index is not finite.

@@ -77,7 +77,7 @@ def requests() -> list[Request]:
                 continue
             result += [
                 Request(file, ONE_TARGET, dtype, block_size=size)
-                for size in BLOCK_SIZES
+                for size in (BLOCK_SIZES if len(code_bits) > 1 else BLOCK_SIZES[::7])
                 if size != 64
             ]
             result += [
