@@ -460,3 +460,74 @@ struct RowScales {
 };
 
 #endif
+
+// --- sums of a tensor-core product --------------------------------------------------------------
+
+// Where the sums of a product go. A block has 128 features (left operand, 16 a warp) by some rows
+// (right operand, 8 a tile); the grid's third dimension splits the columns that are summed.
+template <class T> struct Output {
+    // [features], or null.
+    const T* bias;
+    // [rows, features].
+    T* output;
+    // f32 [splits, rows, features]; not used where splits is 1.
+    f32* partial;
+    // u32, one a block of the first split: zero before and after.
+    u32* arrived;
+    i64 rows;
+    i64 features;
+    u32 splits;
+
+    // A lane's sums are those of mma_16x8x16.
+    template <u32 TILES, class Give>
+    __device__ __forceinline__ void for_each(const float (&sums)[TILES][4], i64 first_feature,
+                                             i64 first_row, Give give) const {
+        const u32 lane = threadIdx.x % WARP;
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const i64 feature = first_feature + threadIdx.x / WARP * 16 + lane / 4 + i / 2 * 8;
+                const i64 row = first_row + tile * 8 + lane % 4 * 2 + i % 2;
+                if (feature < features && row < rows) give(feature, row, sums[tile][i]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void finish(i64 feature, i64 row, float sum) const {
+        if (bias) sum += to_float(bias[feature]);
+        output[row * features + feature] = from_float<T>(sum);
+    }
+
+    // Writes a block's sums. Those of splits are added in their order by the block that comes last.
+    template <u32 TILES>
+    __device__ __forceinline__ void write(const float (&sums)[TILES][4], i64 first_feature,
+                                          i64 first_row) const {
+        if (splits == 1) {
+            for_each(sums, first_feature, first_row,
+                     [&](i64 feature, i64 row, float sum) { finish(feature, row, sum); });
+            return;
+        }
+        f32* own = partial + i64(blockIdx.z) * rows * features;
+        for_each(sums, first_feature, first_row,
+                 [&](i64 feature, i64 row, float sum) { own[row * features + feature] = sum; });
+        __shared__ u32 before;
+        // Sums before the count, for all to see; and the other way round below.
+        __threadfence();
+        __syncthreads();
+        u32* count = arrived + (u64(blockIdx.y) * gridDim.x + blockIdx.x);
+        if (threadIdx.x == 0) before = atomicAdd(count, 1u);
+        __syncthreads();
+        if (before + 1 < splits) return;
+        __threadfence();
+        if (threadIdx.x == 0) *count = 0;
+        for_each(sums, first_feature, first_row, [&](i64 feature, i64 row, float) {
+            float sum = 0.0f;
+            for (u32 split = 0; split < splits; ++split) {
+                const volatile f32* theirs = partial + i64(split) * rows * features;
+                sum += theirs[row * features + feature];
+            }
+            finish(feature, row, sum);
+        });
+    }
+};

@@ -219,10 +219,12 @@ __device__ __forceinline__ void sum_aligned(float (&sums)[ROWS][M], const Weight
             }
 #pragma unroll
             for (u32 row = 0; row < ROWS; ++row) {
-                const float scale =
-                    inside ? weight.scales.decode(chunks.scales[row], offset) : 0.0f;
+                const float scale = weight.scales.decode(chunks.scales[row], offset);
+                // The values of codes that are not there might be NaN.
 #pragma unroll
-                for (u32 i = 0; i < M; ++i) sums[row][i] += scale * parts[row][i];
+                for (u32 i = 0; i < M; ++i) {
+                    sums[row][i] = inside ? sums[row][i] + scale * parts[row][i] : sums[row][i];
+                }
             }
         }
     }

@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "adamw8_step",
     "adamw32_step",
+    "adamw_segments",
     "add_quantization_config",
     "build_kernel",
     "compile_kernel",
@@ -43,6 +44,7 @@ __all__ = [
     "quantize",
     "quantize_absmax",
     "quantized_layout",
+    "product_splits",
     "raise_non_finite",
     "raise_scale_overflow",
     "simd_backends",
@@ -78,7 +80,7 @@ class Codebook:
 
 def simd_backends() -> list[str]: ...
 def kernel_register() -> list[
-    tuple[str, list[tuple[str, int]], list[int], list[tuple[str, list[str]]]]
+    tuple[str, list[tuple[str, int]], list[int], list[tuple[str, int, list[str]]]]
 ]: ...
 def kernel_source(
     kernel: str,
@@ -100,6 +102,9 @@ def kernel_geometry(
     codebook: Codebook | None = None,
     double_quant: bool = False,
 ) -> tuple[list[int], int, int] | None: ...
+def product_splits(
+    *, rows: int, tile_rows: int, columns: int, depth: int, processors: int
+) -> tuple[int, int]: ...
 def raise_non_finite(index: int, value: float) -> NoReturn: ...
 def raise_scale_overflow() -> NoReturn: ...
 def load_nvrtc(candidates: Sequence[str]) -> tuple[Path, tuple[int, int]]: ...
@@ -137,8 +142,23 @@ class CudaProgram:
         codebook: Codebook | None = None,
         double_quant: bool = False,
     ) -> CudaProgram: ...
+    @property
+    def capability(self) -> int: ...
+    @property
+    def processors(self) -> int: ...
     def launch(self, kernel: str, stream: int, arguments: Sequence[int | float]) -> None: ...
 
+def adamw_segments(
+    parameters: Sequence[tuple[Sequence[int], int, Sequence[str], int, int]],
+    *,
+    first_tile: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> tuple[bytes, int]: ...
 def adamw32_step(
     params: list[Tensor],
     grads: list[Tensor],

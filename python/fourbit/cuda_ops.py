@@ -9,7 +9,9 @@ look at the result to raise for numbers that are not finite.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -217,9 +219,21 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
 
 # --- products -----------------------------------------------------------------------------------
 
-# The kernels of matvec.cu, by how many rows of the input they take in one pass.
+# Rows of the input that the kernels of matvec.cu, matmul.cu and matmul_transposed.cu take at once.
 _MATVEC_ROWS = (1, 2, 4, 8)
-_MATVEC_ALIGNMENT = 16
+_TENSOR_ROWS = (8, 16, 32, 64)
+_TENSOR_ROWS_BEFORE_SM80 = _TENSOR_ROWS[:-1]
+# Where tensor cores can, they take over from so many rows: bitsandbytes' rule on its own kernels.
+_MATVEC_BEFORE_TENSOR = 4
+# Above so many rows decoding the weight once, for the vendor's GEMM, costs less than decoding it for
+# each tile of rows: bitsandbytes' measured crossover on an H100.
+_CROSSOVER = 64
+_ALIGNMENT = 16
+# A row of codes that the tensor-core kernels copy ends on 16 bytes.
+_TENSOR_FEATURES = 32
+
+_Parts: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+_Layout: TypeAlias = tuple[str, int, int, int]
 
 
 def linear(
@@ -241,60 +255,22 @@ def linear(
         if bias.device != x.device:
             raise RuntimeError(f"the bias is on {bias.device} and the input on {x.device}")
         _check_length("the bias", bias, out_features)
-        bias = bias.to(x.dtype)
-    scales = (absmax, nested_absmax, nested_offset)
+        bias = bias.to(x.dtype).contiguous()
+    parts = (packed, absmax, nested_absmax, nested_offset)
+    layout = (codebook, block_size, out_features, in_features)
     rows = x.numel() // max(1, in_features)
-    if (
-        0 < rows <= _MATVEC_ROWS[-1]
-        and out_features * in_features > 0
-        and by_name(codebook).code_bits == 4
-        and packed.data_ptr() % _MATVEC_ALIGNMENT == 0
-    ):
-        return _matvec(
-            x, bias, packed, *scales, codebook, block_size, out_features, in_features, rows
-        )
+    if _from_codes(rows, packed, layout):
+        inputs = x.contiguous()
+        output = x.new_empty((*x.shape[:-1], out_features))
+        if _on_tensor_cores(inputs, rows, in_features):
+            _tensor_product("matmul", inputs, (bias,), parts, layout, output, rows)
+            return output
+        if rows <= _MATVEC_ROWS[-1]:
+            _matvec(inputs, bias, parts, layout, output, rows)
+            return output
     weight = torch.empty((out_features, in_features), dtype=x.dtype, device=x.device)
-    _decode(packed, *scales, codebook, block_size, weight)
+    _decode(*parts, codebook, block_size, weight)
     return torch.nn.functional.linear(x, weight, bias)
-
-
-def _matvec(
-    x: Tensor,
-    bias: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-    rows: int,
-) -> Tensor:
-    codes, scales = _weight_pointers(
-        packed,
-        absmax,
-        nested_absmax,
-        nested_offset,
-        codebook,
-        block_size,
-        out_features * in_features,
-    )
-    at_once = next(number for number in _MATVEC_ROWS if number >= rows)
-    inputs = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    output = x.new_empty((*x.shape[:-1], out_features))
-    program = _program(
-        "matvec", _ordinal(x.device), x.dtype, block_size, codebook, nested_absmax is not None
-    )
-    tensors = (inputs, codes, *scales, bias, output)
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    program.launch(
-        f"fourbit_matvec_{at_once}",
-        stream_of(x.device),
-        (*pointers, rows, out_features, in_features),
-    )
-    return output
 
 
 def linear_transposed(
@@ -308,9 +284,103 @@ def linear_transposed(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    """`ops.linear_transposed`: the weight is decoded and multiplied by the vendor's GEMM."""
+    """`ops.linear_transposed`: as `linear`, on tensor cores or decoded first."""
     check_operand(y, out_features, "the gradient")
     check_device(y, packed)
-    scales = (absmax, nested_absmax, nested_offset)
+    parts = (packed, absmax, nested_absmax, nested_offset)
+    layout = (codebook, block_size, out_features, in_features)
+    rows = y.numel() // max(1, out_features)
+    if _from_codes(rows, packed, layout):
+        gradient = y.contiguous()
+        if _on_tensor_cores(gradient, rows, in_features, fewest=1):
+            output = y.new_empty((*y.shape[:-1], in_features))
+            _tensor_product("matmul_transposed", gradient, (), parts, layout, output, rows)
+            return output
     weight = torch.empty((out_features, in_features), dtype=y.dtype, device=y.device)
-    return y @ _decode(packed, *scales, codebook, block_size, weight)
+    return y @ _decode(*parts, codebook, block_size, weight)
+
+
+def _from_codes(rows: int, packed: Tensor, layout: _Layout) -> bool:
+    """Whether there may be a kernel that multiplies without decoding the weight to memory."""
+    codebook, _, out_features, in_features = layout
+    return (
+        0 < rows <= _CROSSOVER
+        and out_features * in_features > 0
+        and by_name(codebook).code_bits == 4
+        and packed.is_contiguous()
+        and packed.data_ptr() % _ALIGNMENT == 0
+    )
+
+
+def _on_tensor_cores(
+    operand: Tensor, rows: int, in_features: int, fewest: int = _MATVEC_BEFORE_TENSOR + 1
+) -> bool:
+    if operand.dtype == torch.float32 or rows < fewest or in_features % _TENSOR_FEATURES:
+        return False
+    if operand.data_ptr() % _ALIGNMENT:
+        return False
+    before_sm80 = _capability(_ordinal(operand.device)) < 80
+    if before_sm80 and operand.dtype == torch.bfloat16:
+        return False
+    return rows <= (_TENSOR_ROWS_BEFORE_SM80 if before_sm80 else _TENSOR_ROWS)[-1]
+
+
+@cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _pointers(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _matvec(
+    x: Tensor, bias: Tensor | None, parts: _Parts, layout: _Layout, output: Tensor, rows: int
+) -> None:
+    codebook, block_size, out_features, in_features = layout
+    codes, scales = _weight_pointers(*parts, codebook, block_size, out_features * in_features)
+    at_once = next(number for number in _MATVEC_ROWS if number >= rows)
+    double_quant = parts[2] is not None
+    program = _program("matvec", _ordinal(x.device), x.dtype, block_size, codebook, double_quant)
+    pointers = _pointers((x, codes, *scales, bias, output))
+    program.launch(
+        f"fourbit_matvec_{at_once}",
+        stream_of(x.device),
+        (*pointers, rows, out_features, in_features),
+    )
+
+
+def _tensor_product(
+    kernel: str,
+    operand: Tensor,
+    bias: tuple[Tensor | None, ...],
+    parts: _Parts,
+    layout: _Layout,
+    output: Tensor,
+    rows: int,
+) -> None:
+    """Launch `matmul` or `matmul_transposed`, whose sums may be cut to fill the card."""
+    codebook, block_size, out_features, in_features = layout
+    codes, scales = _weight_pointers(*parts, codebook, block_size, out_features * in_features)
+    at_once = next(number for number in _TENSOR_ROWS if number >= rows)
+    device, double_quant = operand.device, parts[2] is not None
+    program = _program(kernel, _ordinal(device), operand.dtype, block_size, codebook, double_quant)
+    tiles, splits = _core.product_splits(
+        rows=rows,
+        tile_rows=at_once,
+        columns=output.shape[-1],
+        depth=operand.shape[-1],
+        processors=program.processors,
+    )
+    stream = stream_of(device)
+    partial = arrived = None
+    if splits > 1:
+        partial = torch.empty(splits * output.numel(), dtype=torch.float32, device=device)
+        arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+    tensors = (operand, codes, *scales, *bias, output, partial, arrived)
+    program.launch(
+        f"fourbit_{kernel}_{at_once}",
+        stream,
+        (*_pointers(tensors), rows, out_features, in_features, splits),
+    )

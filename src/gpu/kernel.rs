@@ -34,6 +34,8 @@ pub type GeometryOf =
 pub struct Kernel {
     /// The function's name.
     pub name: &'static str,
+    /// The oldest architecture that it is compiled for, as 10 major + minor.
+    pub oldest: u32,
     /// What it takes, in order.
     pub parameters: &'static [Parameter],
     /// How it is launched.
@@ -112,7 +114,7 @@ impl File {
             .ok_or_else(|| self.unknown_kernel(name))
     }
 
-    pub(super) fn unknown_kernel(&self, name: &str) -> GpuProblem {
+    fn unknown_kernel(&self, name: &str) -> GpuProblem {
         GpuProblem::UnknownKernel {
             what: "kernel",
             name: name.to_owned(),

@@ -5,12 +5,12 @@ use std::ffi::CString;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
-use super::GpuProblem;
 use super::cache::{Cache, Key};
 use super::driver::{Context, Function, driver};
-use super::kernel::{File, Kernel, Value};
+use super::kernel::{Card, File, Kernel, Value};
 use super::nvrtc::{Compiled, Compiler};
 use super::source::{Specialisation, translation_unit};
+use super::{GpuProblem, UnsupportedReason};
 use crate::{Error, Result};
 
 /// Dynamic shared memory that every kernel may have unasked.
@@ -123,18 +123,20 @@ impl Program {
             &specialisation,
             context.card.capability,
         )?;
-        let names = file
+        // A file's kernels may need different cards.
+        let kernels = file
             .kernels
             .iter()
+            .filter(|kernel| kernel.oldest <= context.card.capability);
+        let names = kernels
+            .clone()
             .map(|kernel| CString::new(kernel.name).unwrap_or_default())
             .collect::<Vec<_>>();
         let names = names.iter().map(CString::as_c_str).collect::<Vec<_>>();
         let functions = context
             .load(&built.cubin, &names)
             .map_err(|error| error.in_kernel(file.name))?;
-        let functions = file
-            .kernels
-            .iter()
+        let functions = kernels
             .zip(functions)
             .map(|(kernel, function)| Loaded {
                 kernel,
@@ -177,7 +179,13 @@ impl Program {
             .iter()
             .find(|one| ptr::eq(one.kernel, kernel))
         else {
-            return Err(self.file.unknown_kernel(kernel.name));
+            return Err(GpuProblem::Unsupported {
+                file: self.file.name,
+                reason: UnsupportedReason::Capability {
+                    needed: kernel.oldest,
+                    got: self.context.card.capability,
+                },
+            });
         };
         self.allow(loaded, geometry.dynamic_bytes)
             .map_err(|error| error.in_kernel(kernel.name))?;
@@ -188,6 +196,12 @@ impl Program {
                 .launch(loaded.function, geometry, stream, arguments.words())
         }
         .map_err(|error| error.in_kernel(kernel.name))
+    }
+
+    /// The card it is loaded on.
+    #[must_use]
+    pub const fn card(&self) -> &Card {
+        &self.context.card
     }
 
     fn allow(&self, loaded: &Loaded, dynamic_bytes: u32) -> Result<(), GpuProblem> {

@@ -4,6 +4,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`source`] | the whole translation unit of a kernel, specialised for a dtype and a codebook |
+//! | [`adamw`] | what the optimizer's kernel is told of the parameters |
 //! | [`kernel`] | what is known of a kernel, and arguments checked against it |
 //! | [`kernels`] | the register: each kernel's file, parameters, options and launch geometry |
 //! | `library` | shared libraries, opened when they are first needed |
@@ -12,10 +13,11 @@
 //! | [`driver`] | the few functions of the CUDA driver that launching takes |
 //! | [`launch`] | compiled kernels, loaded into torch's context and launched |
 //!
-//! The first three are there in every build; the others need the feature `cuda`, which links
+//! The first four are there in every build; the others need the feature `cuda`, which links
 //! nothing: the driver and the compiler are opened at run time, and where they are missing, that
 //! is an error of the call that needs them.
 
+pub mod adamw;
 #[cfg(feature = "cuda")]
 pub mod cache;
 #[cfg(feature = "cuda")]

@@ -42,6 +42,21 @@ impl Constants {
             eps: settings.eps as f32,
         }
     }
+
+    /// In the order of their declaration.
+    pub(super) const fn in_order(&self) -> [f32; 9] {
+        [
+            self.keep,
+            self.beta1,
+            self.one_minus_beta1,
+            self.beta2,
+            self.one_minus_beta2,
+            self.direction,
+            self.stride,
+            self.second_correction,
+            self.eps,
+        ]
+    }
 }
 
 /// Compiles an inlined function for each instruction set and picks by backend.

@@ -178,6 +178,18 @@ fn usable_gradients(backend: Backend, parameters: &[Parameter<'_>]) -> Vec<bool>
 }
 
 impl AdamW {
+    /// What the settings amount to at a parameter's step of that number, counted from 1, in the
+    /// order in which the kernel takes them: what weight decay keeps, `beta1`, `1 - beta1`,
+    /// `beta2`, `1 - beta2`, the direction, the step size, the second bias correction, `eps`.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`] for a setting or a step outside its range.
+    pub fn constants(&self, step: u64) -> Result<[f32; 9]> {
+        self.check()?;
+        check_step(step)?;
+        Ok(Constants::new(self, step).in_order())
+    }
+
     fn check(&self) -> Result<()> {
         let from_zero = [
             ("lr", self.lr),
@@ -208,13 +220,7 @@ impl AdamW {
 
 impl<'a> Parameter<'a> {
     fn check(&self) -> Result<()> {
-        if self.step == 0 {
-            return Err(Error::Hyperparameter {
-                name: "step",
-                expected: "1 or more",
-                got: 0.0,
-            });
-        }
+        check_step(self.step)?;
         let elements = self.values.len() as u64;
         check_length("gradient", elements, self.gradient.len())?;
         match &self.state {
@@ -292,6 +298,17 @@ impl<'a> Parameter<'a> {
             }
         }
     }
+}
+
+fn check_step(step: u64) -> Result<()> {
+    if step > 0 {
+        return Ok(());
+    }
+    Err(Error::Hyperparameter {
+        name: "step",
+        expected: "1 or more",
+        got: 0.0,
+    })
 }
 
 /// Damaged scales would poison their blocks for good.

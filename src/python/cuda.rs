@@ -167,6 +167,18 @@ impl CudaProgram {
         Ok(Self(program))
     }
 
+    /// The card's compute capability, as 10 major + minor.
+    #[getter]
+    fn capability(&self) -> u32 {
+        self.0.card().capability
+    }
+
+    /// The card's multiprocessors.
+    #[getter]
+    fn processors(&self) -> u32 {
+        self.0.card().processors
+    }
+
     /// Puts a launch of a kernel into a stream, given as torch's `cuda_stream`. Arguments are
     /// addresses (0 for none), counts and floats, in the kernel's order.
     fn launch(

@@ -14,14 +14,14 @@ use crate::{BlockSize, Error, codebook};
 
 /// The kernel files of `cuda/`, by name, each with the dtypes it can be compiled for and the
 /// oldest architecture of each (as 10 major + minor), the widths of codes, and its kernels, each
-/// with its parameters.
+/// with its oldest architecture and its parameters.
 #[pyfunction]
 #[allow(clippy::type_complexity)] // told in full in the stub
 pub(super) fn kernel_register() -> Vec<(
     &'static str,
     Vec<(&'static str, u32)>,
     Vec<u32>,
-    Vec<(&'static str, Vec<&'static str>)>,
+    Vec<(&'static str, u32, Vec<&'static str>)>,
 )> {
     let describe = |file: &File| {
         let dtypes = file
@@ -30,7 +30,7 @@ pub(super) fn kernel_register() -> Vec<(
             .map(|(dtype, oldest)| (dtype.torch_name(), *oldest));
         let kernels = file.kernels.iter().map(|kernel| {
             let parameters = kernel.parameters.iter().map(|parameter| parameter.name);
-            (kernel.name, parameters.collect())
+            (kernel.name, kernel.oldest, parameters.collect())
         });
         let code_bits = file.code_bits.to_vec();
         (file.name, dtypes.collect(), code_bits, kernels.collect())
@@ -86,6 +86,19 @@ pub(super) fn kernel_geometry(
     Ok(geometry.map(|geometry| (geometry.grid, geometry.block, geometry.dynamic_bytes)))
 }
 
+/// The tiles of a tensor-core product's result, and into how many parts its sums are best cut.
+#[pyfunction]
+#[pyo3(signature = (*, rows, tile_rows, columns, depth, processors))]
+pub(super) fn product_splits(
+    rows: u64,
+    tile_rows: u64,
+    columns: u64,
+    depth: u64,
+    processors: u32,
+) -> (u64, u32) {
+    kernels::splits(rows, tile_rows, columns, depth, processors)
+}
+
 /// Raises the error of a tensor whose element of that index is not finite.
 #[pyfunction]
 pub(super) fn raise_non_finite(index: u64, value: f32) -> PyResult<()> {
@@ -102,22 +115,25 @@ pub(super) fn file(name: &str) -> PyResult<&'static File> {
     kernels::file(name).map_err(|error| to_python(&error.into()))
 }
 
+pub(super) fn dtype_by_name(name: &str) -> PyResult<Dtype> {
+    [Dtype::F32, Dtype::F16, Dtype::Bf16]
+        .into_iter()
+        .find(|known| known.torch_name() == name)
+        .ok_or_else(|| {
+            PyTypeError::new_err(format!(
+                "dtype is {name:?}; use float32, float16 or bfloat16"
+            ))
+        })
+}
+
 pub(super) fn specialisation(
     dtype: &str,
     block_size: u64,
     codebook: Option<&Codebook>,
     double_quant: bool,
 ) -> PyResult<Specialisation> {
-    let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16]
-        .into_iter()
-        .find(|known| known.torch_name() == dtype)
-        .ok_or_else(|| {
-            PyTypeError::new_err(format!(
-                "dtype is {dtype:?}; use float32, float16 or bfloat16"
-            ))
-        })?;
     Ok(Specialisation {
-        dtype,
+        dtype: dtype_by_name(dtype)?,
         block_size: BlockSize::new(block_size).map_err(|error| to_python(&error))?,
         codebook: codebook.map_or_else(|| codebook::Codebook::nf4().clone(), |book| book.0.clone()),
         double_quant,

@@ -35,10 +35,11 @@ mod _core {
     use super::errors::{CheckpointError, CudaError, NonFiniteError};
     #[pymodule_export]
     use super::gpu::{
-        kernel_geometry, kernel_register, kernel_source, raise_non_finite, raise_scale_overflow,
+        kernel_geometry, kernel_register, kernel_source, product_splits, raise_non_finite,
+        raise_scale_overflow,
     };
     #[pymodule_export]
-    use super::optimizer::{adamw8_step, adamw32_step};
+    use super::optimizer::{adamw_segments, adamw8_step, adamw32_step};
     #[pymodule_export]
     use super::quantize::{
         Codebook, dequantize, dequantize_absmax, quantize, quantize_absmax, simd_backends,

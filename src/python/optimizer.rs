@@ -2,10 +2,14 @@
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
+use super::errors::to_python;
+use super::gpu::dtype_by_name;
 use super::tensor::Tensor;
 use super::threads::detached;
 use crate::element::Dtype;
+use crate::gpu::adamw::{SEGMENT_BYTES, Segment};
 use crate::optimizer::{self, AdamW, Floats, FloatsMut, Parameter, State};
 
 /// One AdamW step of every parameter, with the moments in float32.
@@ -209,4 +213,47 @@ fn check_disjoint(written: &[&Vec<Tensor<'_>>], read: &[Tensor<'_>]) -> PyResult
         }
     }
     Ok(())
+}
+
+/// The parameters of one group as `cuda/adamw.cu` takes them, after others of `first_tile` tiles:
+/// the segments' bytes and the tiles up to their end. A parameter is given by its addresses
+/// (itself, its gradient, both moments, the scales of both or 0), its elements, the dtypes of itself
+/// and of its gradient, the bits of its state, and its step.
+#[pyfunction]
+#[pyo3(signature = (parameters, *, first_tile, lr, beta1, beta2, eps, weight_decay, maximize))]
+#[allow(clippy::type_complexity)] // told in full above
+pub(super) fn adamw_segments<'py>(
+    py: Python<'py>,
+    parameters: Vec<([u64; 6], u64, [String; 2], u8, u64)>,
+    first_tile: u64,
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    weight_decay: f64,
+    maximize: bool,
+) -> PyResult<(Bound<'py, PyBytes>, u64)> {
+    let settings = AdamW {
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        maximize,
+    };
+    let mut bytes = Vec::with_capacity(parameters.len() * SEGMENT_BYTES);
+    let mut tiles = first_tile;
+    for (addresses, elements, [values, gradient], state_bits, step) in parameters {
+        let segment = Segment {
+            addresses,
+            elements,
+            dtypes: [dtype_by_name(&values)?, dtype_by_name(&gradient)?],
+            state_bits,
+            step,
+        };
+        tiles = segment
+            .write(&settings, tiles, &mut bytes)
+            .map_err(|error| to_python(&error))?;
+    }
+    Ok((PyBytes::new(py, &bytes), tiles))
 }

@@ -17,7 +17,7 @@ if emulate.unavailable():
     pytest.skip(emulate.unavailable(), allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CAPABILITY, PROCESSORS = 80, 1
+CAPABILITY, PROCESSORS = 80, 3
 
 
 class EmulatedProgram:
@@ -33,6 +33,8 @@ class EmulatedProgram:
         }
         specialisation = emulate.Specialisation(dtype, block_size, book, double_quant)
         (self.kernels,) = emulate.load(kernel, [specialisation])
+
+    processors = PROCESSORS
 
     def launch(self, kernel, stream, arguments):
         assert stream == 0
@@ -56,6 +58,7 @@ def _emulated(monkeypatch):
     monkeypatch.setattr(cuda_ops, "_program", EmulatedProgram)
     monkeypatch.setattr(cuda_ops, "stream_of", lambda device: 0)
     monkeypatch.setattr(cuda_ops, "_ordinal", lambda device: 0)
+    monkeypatch.setattr(cuda_ops, "_capability", lambda device: CAPABILITY)
     monkeypatch.setattr(cuda_ops, "_check_not_capturing", lambda what: None)
 
 
@@ -162,20 +165,23 @@ def weight(out_features=48, in_features=200, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [(), (1,), (3,), (2, 4), (2, 9), (70,), (0,)])
-def test_products(dtype, rows):
-    dense, packed = weight()
-    x, y = numbers(*rows, 200, dtype=dtype), numbers(*rows, 48, dtype=dtype)
-    bias = numbers(48).to(dtype)
+@pytest.mark.parametrize("rows", [(), (3,), (2, 4), (2, 9), (64,), (70,), (0,)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 200), (40, 544)])
+def test_products(dtype, rows, out_features, in_features):
+    """The second shape is one of tensor cores, whose sums are cut in two."""
+    dense, packed = weight(out_features, in_features)
+    x = numbers(*rows, in_features, dtype=dtype)
+    y = numbers(*rows, out_features, dtype=dtype)
+    bias = numbers(out_features).to(dtype)
     unit = torch.finfo(dtype).eps / 2
     for ours, operand, matrix, added in (
         (cuda_ops.linear(x, bias, *packed), x, dense.T, bias),
-        (cuda_ops.linear(x, None, *packed), x, dense.T, torch.zeros(48)),
-        (cuda_ops.linear_transposed(y, *packed), y, dense, torch.zeros(200)),
+        (cuda_ops.linear(x, None, *packed), x, dense.T, torch.zeros(out_features)),
+        (cuda_ops.linear_transposed(y, *packed), y, dense, torch.zeros(in_features)),
     ):
         exact = operand.double() @ matrix.double() + added.double()
-        # The weight is rounded to the dtype where it is decoded, sums are in float32, and the
-        # result is rounded once, and once more where the bias is added afterwards.
+        # The weight, or its value before scaling, is rounded to the dtype, sums are in float32, and
+        # the result is rounded once, and once more where the bias is added afterwards.
         size = operand.double().abs() @ matrix.double().abs() + added.double().abs()
         bound = (unit + matrix.shape[0] * 2**-24) * size + 2 * unit * exact.abs()
         assert ours.dtype == dtype
@@ -183,16 +189,59 @@ def test_products(dtype, rows):
         assert bool(((ours.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-def test_few_rows_are_multiplied_from_packed_codes(rows, monkeypatch):
-    launched = []
+@pytest.fixture
+def launched(monkeypatch):
+    names = []
     launch = EmulatedProgram.launch
 
     def watched(self, kernel, stream, arguments):
-        launched.append(kernel)
+        names.append(kernel)
         launch(self, kernel, stream, arguments)
 
     monkeypatch.setattr(EmulatedProgram, "launch", watched)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "expected"),
+    [
+        (1, torch.bfloat16, "matvec_1"),
+        (3, torch.bfloat16, "matvec_4"),
+        (5, torch.bfloat16, "matmul_8"),
+        (17, torch.bfloat16, "matmul_32"),
+        (64, torch.bfloat16, "matmul_64"),
+        (65, torch.bfloat16, "dequantize"),
+        (8, torch.float32, "matvec_8"),
+        (9, torch.float32, "dequantize"),
+    ],
+)
+def test_which_kernel_multiplies(rows, dtype, expected, launched):
+    _, packed = weight(40, 544)
+    cuda_ops.linear(numbers(rows, 544, dtype=dtype), None, *packed)
+    assert launched == [f"fourbit_{expected}"]
+    launched.clear()
+    cuda_ops.linear_transposed(numbers(rows, 40, dtype=dtype), *packed)
+    at_once = next((number for number in (8, 16, 32, 64) if number >= rows), None)
+    on_tensor_cores = dtype != torch.float32 and at_once
+    name = f"matmul_transposed_{at_once}" if on_tensor_cores else "dequantize"
+    assert launched == [f"fourbit_{name}"]
+
+
+def test_cards_before_sm80_have_fewer_kernels(launched, monkeypatch):
+    monkeypatch.setattr(cuda_ops, "_capability", lambda device: 75)
+    _, packed = weight(40, 544)
+    for rows, dtype, expected in (
+        (32, torch.float16, "matmul_32"),
+        (33, torch.float16, "dequantize"),
+        (8, torch.bfloat16, "matvec_8"),
+        (9, torch.bfloat16, "dequantize"),
+    ):
+        cuda_ops.linear(numbers(rows, 544, dtype=dtype), None, *packed)
+        assert launched.pop() == f"fourbit_{expected}"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+def test_few_rows_are_multiplied_from_packed_codes(rows, launched):
     _, packed = weight()
     cuda_ops.linear(numbers(rows, 200), None, *packed)
     at_once = {1: 1, 2: 2, 3: 4, 5: 8, 8: 8}[rows]

@@ -1,5 +1,6 @@
 """The CUDA products, run on the CPU by the emulator, against float64."""
 
+import ctypes
 from functools import cache
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 import emulate
 from emulate import Buffer, Specialisation
 from fourbit import _core, reference
-from fourbit.codebook import by_name
+from fourbit.codebook import Codebook, by_name
 
 reason = emulate.unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
+# Code 0, which is what memory of zeros holds, is undefined and so NaN.
+LATE = Codebook({9 + i: (i - 3) / 3 for i in range(7)}, name="late")
+CODEBOOKS = ("nf4", "fp4", "int4", LATE.name)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SINGLE = 2.0**-24  # half a unit in the last place of float32
 HALF_UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: SINGLE}
@@ -38,8 +42,11 @@ class Weight:
         else:
             self.absmax = scales = torch.randn(blocks, generator=generator)
             self.nested_absmax = self.nested_offset = None
-        values = torch.tensor(reference.CODEBOOKS[codebook]).double()
+        values = torch.tensor(by_name(codebook).values).double()
         codes = reference.unpack(self.packed, 4, count)
+        if codebook == LATE.name:  # without the codes that it does not have
+            codes = codes.long().clamp(min=9).to(torch.uint8)
+            self.packed = reference.pack(codes, 4, 9)
         by_element = scales.double().repeat_interleave(block_size)[:count]
         self.exact = (values[codes.long()] * by_element).reshape(n, k)
 
@@ -124,7 +131,7 @@ def test_matvec_of_odd_shapes(m, rows, n, k, dtype, generator):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("block_size", [32, 128, 4096])
 def test_matvec_of_every_block_size(block_size, codebook, generator):
     for n, k in [(9, 1312), (7, 700)]:
@@ -149,3 +156,132 @@ def test_products_without_columns_are_the_bias(generator):
     bias = numbers(5, dtype=torch.float32, generator=generator)
     weight = Weight(5, 0, generator)
     assert torch.equal(matvec(torch.empty(2, 0), weight, rows=2, bias=bias), bias.expand(2, 5))
+
+
+STAGES = 3
+
+
+def matmul(x, weight, *, rows, splits=1, bias=None, order=0, eager_copies=False):
+    m, n = x.shape[0], weight.n
+    tiles = (-(-n // 128), -(-m // rows))
+    y = Buffer.empty(m * n, x.dtype)
+    partial = Buffer.empty(splits * m * n, torch.float32)
+    arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
+    weight.kernels("matmul", x.dtype).launch(
+        f"fourbit_matmul_{rows}",
+        *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
+        *((partial, arrived) if splits > 1 else (None, None)),
+        *(m, n, weight.k, ctypes.c_uint32(splits)),
+        grid=(*tiles, splits),
+        dynamic_bytes=32768 + STAGES * (7168 + 192 * rows),
+        order=order,
+        eager_copies=eager_copies,
+    )
+    assert not arrived.tensor().any(), "the next launch needs zeros"
+    return y.tensor().reshape(m, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("m", "rows", "n", "k", "splits"),
+    [
+        (1, 8, 1, 32, 1),
+        (7, 8, 33, 96, 1),
+        (9, 16, 130, 64, 2),
+        (17, 32, 17, 224, 3),
+        (33, 64, 5, 160, 1),
+        (70, 64, 129, 32, 1),
+        (19, 8, 40, 288, 7),  # three tiles of x, and splits with nothing to do
+    ],
+)
+def test_matmul_of_odd_shapes(m, rows, n, k, splits, double_quant, dtype, generator):
+    weight = Weight(n, k, generator, double_quant=double_quant)
+    x, bias = (numbers(*s, dtype=dtype, generator=generator) for s in [(m, k), (n,)])
+    y = matmul(x, weight, rows=rows, splits=splits, bias=bias)
+    assert_close(y, x, weight.exact, bias, weight_is_rounded=True)
+
+
+def test_matmul_is_the_same_in_every_order(generator):
+    weight = Weight(20, 480, generator, double_quant=True)
+    x = numbers(11, 480, dtype=torch.bfloat16, generator=generator)
+    results = [
+        matmul(x, weight, rows=16, splits=2, order=order, eager_copies=eager)
+        for order in (0, 1, 2, 3, 6)
+        for eager in (False, True)
+    ]
+    assert_close(results[0], x, weight.exact, weight_is_rounded=True)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+def test_matmul_of_every_block_size(block_size, codebook, generator):
+    options = {"block_size": block_size, "codebook": codebook}
+    weight = Weight(21, 416, generator, double_quant=True, **options)
+    x = numbers(3, 416, dtype=torch.bfloat16, generator=generator)
+    assert_close(matmul(x, weight, rows=8), x, weight.exact, weight_is_rounded=True)
+
+
+def matmul_transposed(dy, weight, *, rows, splits=1, order=0, eager_copies=False):
+    m, k = dy.shape[0], weight.k
+    tiles = (-(-k // 128), -(-m // rows))
+    dx = Buffer.empty(m * k, dy.dtype)
+    partial = Buffer.empty(splits * m * k, torch.float32)
+    arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
+    weight.kernels("matmul_transposed", dy.dtype).launch(
+        f"fourbit_matmul_transposed_{rows}",
+        *(Buffer(dy), *weight.arguments(), dx),
+        *((partial, arrived) if splits > 1 else (None, None)),
+        *(m, weight.n, k, ctypes.c_uint32(splits)),
+        grid=(*tiles, splits),
+        dynamic_bytes=34816 + 32768 + 288 * rows,
+        order=order,
+        eager_copies=eager_copies,
+    )
+    assert not arrived.tensor().any(), "the next launch needs zeros"
+    return dx.tensor().reshape(m, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("m", "rows", "n", "k", "splits"),
+    [
+        (1, 8, 1, 32, 1),
+        (7, 8, 33, 96, 1),
+        (9, 16, 136, 160, 2),
+        (17, 32, 67, 224, 3),  # a split with nothing to do
+        (33, 64, 200, 64, 1),
+        (70, 64, 8, 128, 1),
+        (19, 8, 130, 32, 2),
+    ],
+)
+def test_transposed_product_of_odd_shapes(m, rows, n, k, splits, double_quant, dtype, generator):
+    weight = Weight(n, k, generator, double_quant=double_quant)
+    dy = numbers(m, n, dtype=dtype, generator=generator)
+    dx = matmul_transposed(dy, weight, rows=rows, splits=splits)
+    assert_close(dx, dy, weight.exact.T, weight_is_rounded=True)
+
+
+@pytest.mark.parametrize("n", [201, 200])
+def test_transposed_product_is_the_same_in_every_order(n, generator):
+    weight = Weight(n, 160, generator, double_quant=True)
+    dy = numbers(11, n, dtype=torch.bfloat16, generator=generator)
+    results = [
+        matmul_transposed(dy, weight, rows=16, splits=2, order=order, eager_copies=eager)
+        for order in (0, 1, 2, 3, 6)
+        for eager in (False, True)
+    ]
+    assert_close(results[0], dy, weight.exact.T, weight_is_rounded=True)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+def test_transposed_product_of_every_block_size(block_size, codebook, generator):
+    options = {"block_size": block_size, "codebook": codebook}
+    weight = Weight(21, 416, generator, double_quant=True, **options)
+    dy = numbers(3, 21, dtype=torch.bfloat16, generator=generator)
+    dx = matmul_transposed(dy, weight, rows=8)
+    assert_close(dx, dy, weight.exact.T, weight_is_rounded=True)

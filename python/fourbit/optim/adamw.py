@@ -51,8 +51,8 @@ class PagedAdamW(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: of the parameter a step, times `lr`.
         state_bits: 8 or 32.
-        pager: where the state lives. Parameters on the CPU have theirs beside them: "auto" and
-            "resident" are the same here, and the others need a GPU.
+        pager: where the state lives. With "auto" and "resident", beside the parameters, on the CPU
+            or the GPU; the others are not there yet.
         maximize: whether to ascend.
 
     Attributes:
@@ -63,7 +63,8 @@ class PagedAdamW(torch.optim.Optimizer):
         ValueError: for an option out of range, an unknown or impossible pager, or a parameter that
             stands twice.
         TypeError: for a parameter of another dtype.
-        NotImplementedError: for parameters that are not on the CPU.
+        NotImplementedError: for parameters that are neither on the CPU nor on an NVIDIA GPU, and
+            for a pager that moves state.
     """
 
     pager: Pager
@@ -111,7 +112,7 @@ class PagedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: for a bad option, or a parameter that stands twice.
             TypeError: for a parameter of another dtype.
-            NotImplementedError: for parameters that are not on the CPU.
+            NotImplementedError: for parameters that are neither on the CPU nor on an NVIDIA GPU.
         """
         super().add_param_group(param_group)
         try:
@@ -143,10 +144,15 @@ class PagedAdamW(torch.optim.Optimizer):
             raise TypeError(
                 f"{self._name(param)} is {param.dtype}; use float32, float16 or bfloat16"
             )
-        if param.device.type != "cpu":
+        if param.device.type not in ("cpu", "cuda"):
             raise NotImplementedError(
-                f"{self._name(param)} is on {param.device}, and PagedAdamW has no kernels for it "
-                "yet; use torch.optim.AdamW there, or keep the parameters on the CPU"
+                f"{self._name(param)} is on {param.device}, and PagedAdamW has no kernels for it; "
+                "use torch.optim.AdamW there, or keep the parameters on the CPU or an NVIDIA GPU"
+            )
+        if self.pager not in ("auto", "resident") and param.device.type == "cuda":
+            raise NotImplementedError(
+                f"pager {self.pager!r} is not there yet: state lives beside the parameters; use "
+                '"resident"'
             )
         if self.pager not in ("auto", "resident"):
             raise ValueError(
@@ -176,7 +182,8 @@ class PagedAdamW(torch.optim.Optimizer):
             RuntimeError: for a sparse gradient.
             ValueError: for a parameter whose dtype or shape has changed since its first step, or
                 parameters that share memory.
-            NotImplementedError: for a parameter that is not on the CPU.
+            NotImplementedError: for a parameter that is neither on the CPU nor on an NVIDIA GPU.
+            CudaError: where the kernels cannot be built or launched.
         """
         loss = None
         if closure is not None:
@@ -198,18 +205,36 @@ class PagedAdamW(torch.optim.Optimizer):
         usable = usable_everywhere(shards)
         skipped = [param for param, is_usable in zip(shards, usable, strict=True) if not is_usable]
         left_out = {id(param) for param in skipped}
-        for group, updates in plan:
+        kept = [
+            (group, [update for update in updates if id(update.param) not in left_out])
+            for group, updates in plan
+        ]
+        for group, updates in kept:
             for bits in (32, 8):
-                chosen = [
-                    update
-                    for update in updates
-                    if update.bits == bits and id(update.param) not in left_out
-                ]
+                chosen = [u for u in updates if u.bits == bits and not u.values.is_cuda]
                 if chosen:
                     skipped += run(chosen, group, bits)
+        skipped += self._step_on_cards(kept)
         if skipped:
             self._count_skipped(skipped)
         return loss
+
+    def _step_on_cards(self, plan: list[tuple[dict[str, Any], list[Update]]]) -> list[Tensor]:
+        devices = {u.values.device for _, updates in plan for u in updates if u.values.is_cuda}
+        skipped = []
+        for device in sorted(devices, key=str):
+            on_it = [
+                (group, [update for update in updates if update.values.device == device])
+                for group, updates in plan
+            ]
+            from fourbit.optim.cuda_update import DamagedStateError, run_on_card
+
+            try:
+                skipped += run_on_card(on_it, device)
+            except DamagedStateError as error:
+                message = f"the optimizer state of {self._name(error.param)}: {error}"
+                raise ValueError(message) from None
+        return skipped
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> Update:
         """What stepping `param` takes, its state made if it has none; checked."""

@@ -79,7 +79,9 @@ def usable_everywhere(params: list[Tensor]) -> list[bool]:
         by_mesh[param.device_mesh].append(index)  # type: ignore[attr-defined]
     usable = [True] * len(params)
     for mesh, indices in by_mesh.items():
-        flags = torch.tensor([_is_usable(params[index].grad) for index in indices]).int()
+        usable_here = [_is_usable(params[index].grad) for index in indices]
+        # Where the shards are, since a backend moves its own kind of memory alone.
+        flags = torch.tensor(usable_here, device=local(params[indices[0]]).device).int()
         for group in mesh.get_all_groups():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MIN, group)
         for index, flag in zip(indices, flags.tolist(), strict=True):

@@ -67,13 +67,8 @@ def run(updates: list[Update], group: Mapping[str, Any], bits: int) -> list[Tens
     params, grads = [u.values for u in updates], [u.grad for u in updates]
     moments = [column("exp_avg"), column("exp_avg_sq")]
     options: dict[str, Any] = {
-        "lr": float(group["lr"]),
-        "beta1": float(group["betas"][0]),
-        "beta2": float(group["betas"][1]),
-        "eps": float(group["eps"]),
-        "weight_decay": float(group["weight_decay"]),
+        **options_of(group),
         "steps": [int(update.state["step"]) + 1 for update in updates],
-        "maximize": bool(group["maximize"]),
         "threads": torch.get_num_threads(),
     }
     if bits == 32:
@@ -82,12 +77,30 @@ def run(updates: list[Update], group: Mapping[str, Any], bits: int) -> list[Tens
         codes, codes_sq = moments
         absmax, absmax_sq = scales("exp_avg_absmax"), scales("exp_avg_sq_absmax")
         skipped = _core.adamw8_step(params, grads, codes, absmax, codes_sq, absmax_sq, **options)
-    for index in set(range(len(updates))).difference(skipped):
-        update = updates[index]
+    finish(updates, set(skipped))
+    return [updates[index].param for index in skipped]
+
+
+def finish(updates: list[Update], skipped: set[int]) -> None:
+    """Count the steps of all but the skipped, and put back what was stepped as a copy."""
+    for index, update in enumerate(updates):
+        if index in skipped:
+            continue
         update.state["step"] += 1
         memory = local(update.param)
         if update.values.data_ptr() != memory.data_ptr():
             memory.copy_(update.values)
         # The core writes behind autograd's back; graphs that saved the old values must notice.
         increment_version(update.param)
-    return [updates[index].param for index in skipped]
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as the core takes them."""
+    return {
+        "lr": float(group["lr"]),
+        "beta1": float(group["betas"][0]),
+        "beta2": float(group["betas"][1]),
+        "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]),
+        "maximize": bool(group["maximize"]),
+    }
