@@ -255,6 +255,7 @@ fn matvec_geometry(arguments: &Arguments, rows: u64) -> Result<Option<Geometry>,
         [
             arguments.get("n").div_ceil(16),
             arguments.get("m").div_ceil(rows),
+            1,
         ],
         256,
         64 << 10,
