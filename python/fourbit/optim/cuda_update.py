@@ -65,7 +65,8 @@ def _launch(
         parameters = [_parameter(update) for update in updates if update.values.numel()]
         written, tiles = _core.adamw_segments(parameters, first_tile=tiles, **options_of(group))
         segments += written
-    table = torch.frombuffer(segments, dtype=torch.uint8).to(device)
+    # From pinned memory: a copy from any other would make the processor wait for the card.
+    table = torch.frombuffer(segments, dtype=torch.uint8).pin_memory().to(device, non_blocking=True)
     flags = torch.zeros(count + 1, dtype=torch.int32, device=device)
     program = cuda_ops.general_program("adamw", device)
     stream = cuda_ops.stream_of(device)
