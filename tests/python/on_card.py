@@ -42,7 +42,7 @@ LONG_SLEEP_CYCLES = 1_000_000_000
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 7) -> Tensor:
     """Normal numbers on the CPU, the same each time."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_same_bytes(on_card: Tensor, on_cpu: Tensor) -> None:
