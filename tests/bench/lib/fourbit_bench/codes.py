@@ -115,8 +115,8 @@ class _Kernels:
             empty(-(-blocks // CHUNK), torch.float64),
         )
         self.bad = torch.full((3,), -1, dtype=torch.int64, device=DEVICE)
-        ordinal = torch.cuda.current_device()
-        self.program = cuda_ops._program("quantize", ordinal, inputs[0].dtype, 64, "nf4", False)
+        dtype, number = inputs[0].dtype, DEVICE.index
+        self.program = cuda_ops._program("quantize", number, dtype, 64, "nf4", False)
         self.double_program = cuda_ops.general_program("double_quant", DEVICE)
 
     def __call__(self, i: int) -> None:
