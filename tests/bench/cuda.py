@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path[:] = [str(FOLDER / "lib"), *(p for p in sys.path if Path(p).resolve() != FOLDER)]
 
-SECTIONS = ("codes", "products", "training", "optimizers", "decode", "routes")
+SECTIONS = ("codes", "products", "training", "optimizers", "decode", "step", "routes")
 
 
 def main() -> int:
@@ -50,6 +51,7 @@ def main() -> int:
         products,
         report,
         routes,
+        step,
         tables,
         timing,
         training,
@@ -61,10 +63,12 @@ def main() -> int:
         "training": training,
         "optimizers": optimizers,
         "decode": decode,
+        "step": step,
         "routes": routes,
     }
     started = time.perf_counter()
     small = options.size == "small"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
     card = report.measure_card(small=small)
     print(f"{card}\n", flush=True)

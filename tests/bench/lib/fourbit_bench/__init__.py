@@ -10,6 +10,7 @@
 ``training``    a QLoRA linear forward and backward, and what its LoRA side costs
 ``optimizers``  AdamW
 ``decode``      one token through the linear layers of a model of 8 billion parameters
+``step``        a training step of such a model, against transformers + PEFT + bitsandbytes
 ``routes``      from how many rows on another kernel is the faster one
 ==============  ==================================================================================
 """
