@@ -211,8 +211,7 @@ def test_operands_that_do_not_fit_are_refused_by_name():
         on_card(x[0, 0])
 
 
-def test_rows_do_not_depend_on_their_neighbours():
-    """One row's product, computed with others or alone by one kernel, has the same bits."""
+def test_a_rows_place_among_others_changes_no_bit():
     on_card, _ = layer(384, 1056)
     x = numbers(64, 1056, dtype=torch.bfloat16).to(CARD)
     together = on_card(x)

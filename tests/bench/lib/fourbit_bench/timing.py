@@ -92,6 +92,8 @@ class _Run:
                 self._turn()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        # Memory that was freed on that stream is of no use to another.
+        torch.cuda.empty_cache()
 
     def _turn(self) -> None:
         # Kept for a turn, or every call would write into the memory of the last, in the cache.
