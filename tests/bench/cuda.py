@@ -88,7 +88,7 @@ def main() -> int:
     swept = found.pop("routes", [])
     print(report.table(card, [row for section in found.values() for row in section]))
     if swept:
-        print(f"\n{report.table(card, swept)}\n")
+        print(f"\n{report.table(card, swept, ours=routes.TENSOR)}\n")
         print("\n".join(routes.crossovers(swept)))
     seconds = time.perf_counter() - started
     print(f"\n{len(everything)} rows in {seconds:.0f} s.")

@@ -270,7 +270,7 @@ def _verdict(goal: Mapping[str, Any]) -> str:
     return f"{goal['goal']}: {shown}, {word}"
 
 
-def table(card: Card, rows: Iterable[Row]) -> str:
-    """All rows."""
-    columns = ["work", "fourbit", "share", "others (their time over ours)", "goals"]
+def table(card: Card, rows: Iterable[Row], *, ours: str = OURS) -> str:
+    """All rows; `ours` names the first call of each."""
+    columns = ["work", ours, "share", "others (their time over ours)", "goals"]
     return tables.markdown(columns, (row.as_cells(card) for row in rows))
