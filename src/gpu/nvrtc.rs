@@ -56,37 +56,23 @@ pub struct Compiled {
 }
 
 impl Compiler {
-    /// Opens the first of these libraries that can be opened. A bare file name is looked for where
-    /// the system keeps libraries.
+    /// Opens a library. A bare file name is looked for where the system keeps libraries.
     ///
     /// # Errors
-    /// [`GpuProblem::NvrtcMissing`] where there is none; [`GpuProblem::MissingFunction`] where the
-    /// one opened is too old.
-    pub fn open(candidates: &[PathBuf]) -> Result<Self, GpuProblem> {
-        let mut tried = Vec::new();
-        for path in candidates {
-            match open(path) {
-                Ok(library) => return Self::of(library, path),
-                Err(error) => tried.push(format!("{}: {error}", path.display())),
-            }
-        }
-        if tried.is_empty() {
-            tried.push("no place is known".to_owned());
-        }
-        Err(GpuProblem::NvrtcMissing { tried })
-    }
-
-    fn of(library: Library, path: &Path) -> Result<Self, GpuProblem> {
+    /// [`GpuProblem::NvrtcMissing`] where it cannot be opened; [`GpuProblem::MissingFunction`] where
+    /// it is too old, or something else.
+    pub fn open(path: &Path) -> Result<Self, GpuProblem> {
+        let missing = |reason| GpuProblem::NvrtcMissing {
+            path: path.display().to_string(),
+            reason,
+        };
+        let library = open(path).map_err(missing)?;
         let functions = Functions::of(&library, &path.display().to_string())?;
         let (mut major, mut minor) = (0, 0);
         // SAFETY: two integers to write to, as documented.
         let status = unsafe { (functions.nvrtcVersion)(&raw mut major, &raw mut minor) };
         if status != 0 {
-            let tried = vec![format!(
-                "{}: error {status} of nvrtcVersion",
-                path.display()
-            )];
-            return Err(GpuProblem::NvrtcMissing { tried });
+            return Err(missing(format!("error {status} of nvrtcVersion")));
         }
         Ok(Self {
             functions,

@@ -19,16 +19,13 @@ use crate::gpu::nvrtc::Compiler;
 /// The one compiler of this process.
 static COMPILER: OnceLock<Compiler> = OnceLock::new();
 
-/// Opens NVRTC, the first of these libraries that can be opened, and returns its path and version.
-/// It stays the compiler of this process: later calls return what the first one opened.
+/// Opens NVRTC and returns its path and version. It stays the compiler of this process: later calls
+/// return what the first one opened.
 #[pyfunction]
-pub(super) fn load_nvrtc(
-    py: Python<'_>,
-    candidates: Vec<PathBuf>,
-) -> PyResult<(PathBuf, (u32, u32))> {
+pub(super) fn load_nvrtc(py: Python<'_>, path: PathBuf) -> PyResult<(PathBuf, (u32, u32))> {
     let compiler = py.detach(|| match COMPILER.get() {
         Some(compiler) => Ok(compiler),
-        None => Compiler::open(&candidates).map(|opened| COMPILER.get_or_init(|| opened)),
+        None => Compiler::open(&path).map(|opened| COMPILER.get_or_init(|| opened)),
     });
     let compiler = compiler.map_err(|error| to_python(&error.into()))?;
     Ok((compiler.path().to_path_buf(), compiler.version()))

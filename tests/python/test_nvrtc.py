@@ -132,20 +132,34 @@ def test_where_it_is_missing_the_error_says_where_it_was_looked_for(monkeypatch,
     assert "has no function nvrtcVersion" in said
 
 
-def test_that_of_another_cuda_is_not_taken(monkeypatch, tmp_path):
-    packages = tmp_path / "nvidia"
-    for name in ("cu12/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13", "cu14/lib/libnvrtc.so.14"):
-        (packages / name).parent.mkdir(parents=True)
-        (packages / name).touch()
-    (packages / "cu13/lib/libnvrtc-builtins.so.13.2").touch()
-    folders = sorted(packages.iterdir())
-    monkeypatch.setattr(nvrtc, "_of_packages", lambda: nvrtc._in(folders))
-    monkeypatch.setattr(nvrtc, "_of_prefix", list)
+def test_that_of_a_newer_cuda_than_torchs_is_not_taken(monkeypatch):
     monkeypatch.delenv("FOURBIT_NVRTC", raising=False)
-    every = ["cu12", "cu13", "cu14"]
-    for cuda, expected in (("13.2", ["cu13"]), ("12.8", ["cu12"]), (None, every)):
-        monkeypatch.setattr(nvrtc, "torch_cuda", lambda cuda=cuda: cuda)
-        paths = [Path(path) for path in nvrtc.candidates()]
-        found = [path.parts[-3] for path in paths if path.is_absolute()]
-        assert found == expected
-        assert not paths[-1].is_absolute(), "the system's own search comes last"
+    _, (major, _) = nvrtc.load()
+    monkeypatch.setattr(nvrtc, "torch_cuda", lambda: f"{major - 1}.9")
+    with pytest.raises(_core.CudaError, match=rf"is newer than CUDA {major - 1}\.9.*FOURBIT_NVRTC"):
+        nvrtc.load()
+    for older in (f"{major}.0", f"{major + 1}.0", None):
+        monkeypatch.setattr(nvrtc, "torch_cuda", lambda older=older: older)
+        nvrtc.load()
+
+
+def test_where_none_is_found_the_error_is_one_sentence(monkeypatch):
+    from cuda import pathfinder
+
+    def fails(name):
+        raise pathfinder.DynamicLibNotFoundError(f"no {name} here\n  looked there\n  and there")
+
+    monkeypatch.delenv("FOURBIT_NVRTC", raising=False)
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", fails)
+    with pytest.raises(
+        _core.CudaError, match=r"was not found \(no nvrtc here\); install a CUDA bu"
+    ):
+        nvrtc.load()
+
+
+@pytest.mark.parametrize(
+    ("file", "major"),
+    [("libnvrtc.so.13", 13), ("libnvrtc.so.12.8.93", 12), ("nvrtc64_130_0.dll", 13), ("x.so", 0)],
+)
+def test_the_version_is_in_the_name(file, major):
+    assert nvrtc._major(f"/some/folder.so.7/{file}") == major
