@@ -41,10 +41,10 @@ __all__ = [
     "kernel_register",
     "kernel_source",
     "load_nvrtc",
+    "product_splits",
     "quantize",
     "quantize_absmax",
     "quantized_layout",
-    "product_splits",
     "raise_non_finite",
     "raise_scale_overflow",
     "simd_backends",
@@ -107,7 +107,7 @@ def product_splits(
 ) -> tuple[int, int]: ...
 def raise_non_finite(index: int, value: float) -> NoReturn: ...
 def raise_scale_overflow() -> NoReturn: ...
-def load_nvrtc(candidates: Sequence[str]) -> tuple[Path, tuple[int, int]]: ...
+def load_nvrtc(path: str | PathLike[str]) -> tuple[Path, tuple[int, int]]: ...
 def compile_kernel(
     kernel: str,
     *,

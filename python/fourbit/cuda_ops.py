@@ -55,8 +55,12 @@ def _ordinal(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
 def _check_not_capturing(what: str) -> None:
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         raise RuntimeError(
             f"{what} looks at its result to find numbers that are not finite, which a CUDA graph "
             "cannot; call it before the capture"
@@ -225,8 +229,8 @@ _TENSOR_ROWS = (8, 16, 32, 64)
 _TENSOR_ROWS_BEFORE_SM80 = _TENSOR_ROWS[:-1]
 # Where tensor cores can, they take over from so many rows: bitsandbytes' rule on its own kernels.
 _MATVEC_BEFORE_TENSOR = 4
-# Above so many rows decoding the weight once, for the vendor's GEMM, costs less than decoding it for
-# each tile of rows: bitsandbytes' measured crossover on an H100.
+# Above so many rows decoding the weight once, for the vendor's GEMM, costs less than decoding it
+# for each tile of rows: bitsandbytes' measured crossover on an H100.
 _CROSSOVER = 64
 _ALIGNMENT = 16
 # A row of codes that the tensor-core kernels copy ends on 16 bytes.
@@ -377,10 +381,29 @@ def _tensor_product(
     partial = arrived = None
     if splits > 1:
         partial = torch.empty(splits * output.numel(), dtype=torch.float32, device=device)
-        arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+        arrived = _arrival_counters(device, stream, tiles)
     tensors = (operand, codes, *scales, *bias, output, partial, arrived)
     program.launch(
         f"fourbit_{kernel}_{at_once}",
         stream,
         (*_pointers(tensors), rows, out_features, in_features, splits),
     )
+
+
+# Zeros by device and stream: kernels leave them as they found them, and those of a stream follow
+# each other.
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_MOST_TILES = 1024
+
+
+def _arrival_counters(device: torch.device, stream: int, tiles: int) -> Tensor:
+    """Zeros in which the blocks of a product count those that are done, uint32 [tiles] and more."""
+    if tiles > _MOST_TILES or _is_capturing():
+        # A graph may be replayed on any stream, and has its own, which it zeroes itself.
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    kept = _counters.get((device, stream))
+    if kept is None:
+        with torch.inference_mode(mode=False):  # the process may leave that mode
+            kept = torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
+        _counters[device, stream] = kept
+    return kept

@@ -1,8 +1,7 @@
 """NVRTC, which compiles the CUDA kernels when they are first used: where it is.
 
-It comes with torch's CUDA builds, in packages of NVIDIA's, and is found there whether or not torch
-has been imported. The one of torch's own CUDA version is taken and no other: a driver that runs
-torch loads what it compiles, which may not be so for a newer one that lies about.
+It comes with torch's CUDA builds, in packages of NVIDIA's. NVIDIA's own ``cuda-pathfinder`` finds
+it there, in conda environments and in toolkits, whether or not torch has been imported.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from fourbit import _core
 VARIABLE = "FOURBIT_NVRTC"
 """The variable that names the library's file, for environments where it is not found."""
 
-_PATTERNS = ("lib/libnvrtc.so.*", "bin/**/nvrtc64_*.dll")
-# Other files that begin alike: debug builds, and what NVRTC itself loads.
-_OTHERS = re.compile(r"builtins|\.alt\.|static")
+
+_ADVICE = (
+    f"install a CUDA build of torch, which brings it, or set {VARIABLE} to the path of libnvrtc; "
+    "`fourbit doctor` says more"
+)
 
 
 def torch_cuda() -> str | None:
@@ -41,64 +42,42 @@ def torch_cuda() -> str | None:
     return version if isinstance(version, str) else None
 
 
-def candidates() -> list[str]:
-    """Where NVRTC may be, the best first: paths, and names that the system looks up."""
-    named = os.environ.get(VARIABLE)
-    if named:
-        return [named]
-    cuda = torch_cuda()
-    major = None if cuda is None else int(cuda.partition(".")[0])
-    found = [
-        path
-        for path in (*_of_packages(), *_of_prefix())
-        if major is None or _major(path) in (major, None)
-    ]
-    majors = [12, 13] if major is None else [major]
-    if sys.platform == "win32":
-        names = [f"nvrtc64_{m}0_0.dll" if m > 11 else "nvrtc64_112_0.dll" for m in majors]
-    else:
-        names = [f"libnvrtc.so.{m}" for m in majors]
-    return [*map(str, found), *names]
-
-
 def load() -> tuple[Path, tuple[int, int]]:
     """Open NVRTC, unless this process has already; its file and its version.
 
     Raises:
-        CudaError: where it is not found, saying where it was looked for.
+        CudaError: where it is not found, or is of a newer CUDA than torch, saying what to do.
     """
-    return _core.load_nvrtc(candidates())
+    named = os.environ.get(VARIABLE)
+    return _core.load_nvrtc(named or _found())
 
 
-def _of_packages() -> list[Path]:
-    """In NVIDIA's packages (``nvidia/cu13``, ``nvidia/cuda_nvrtc``), and in torch's own folder."""
-    nvidia = find_spec("nvidia")
-    roots = (nvidia.submodule_search_locations or []) if nvidia else []
-    folders = [folder for root in roots for folder in sorted(Path(root).glob("*/"))]
-    torch = find_spec("torch")
-    if torch is not None and torch.origin is not None:
-        folders.append(Path(torch.origin).parent)
-    return _in(folders)
+def _found() -> str:
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    path: str | None
+    try:
+        path = load_nvidia_dynamic_lib("nvrtc").abs_path
+    except (RuntimeError, OSError) as error:
+        # Its text lists every place, on many lines.
+        path, reason = None, str(error).partition("\n")[0]
+    else:
+        reason = "its file is not known"
+    if path is None:
+        raise _core.CudaError(
+            f"NVRTC, which compiles the CUDA kernels, was not found ({reason}); {_ADVICE}"
+        )
+    built_for = torch_cuda()
+    # A driver that runs torch may not load what a newer CUDA's compiler makes.
+    if built_for is not None and _major(path) > int(built_for.partition(".")[0]):
+        raise _core.CudaError(
+            f"the NVRTC found, {path}, is newer than CUDA {built_for}, which torch was built for; "
+            f"{_ADVICE}"
+        )
+    return path
 
 
-def _of_prefix() -> list[Path]:
-    """Where conda keeps it."""
-    prefix = Path(sys.prefix)
-    return _in([prefix, prefix / "Library"])
-
-
-def _in(folders: list[Path]) -> list[Path]:
-    return [
-        path
-        for folder in folders
-        for pattern in _PATTERNS
-        # The newest first, where one folder holds several.
-        for path in sorted(folder.glob(pattern), reverse=True)
-        if not _OTHERS.search(path.name)
-    ]
-
-
-def _major(path: Path) -> int | None:
-    """Of libnvrtc.so.13, libnvrtc.so.12.8.93 or nvrtc64_130_0.dll; None where it does not say."""
-    match = re.search(r"\.so\.(\d+)|nvrtc64_(\d\d)", path.name)
-    return int(match[1] or match[2]) if match else None
+def _major(path: str) -> int:
+    """Of libnvrtc.so.13, libnvrtc.so.12.8.93 or nvrtc64_130_0.dll; 0 where it does not say."""
+    match = re.search(r"\.so\.(\d+)|nvrtc64_(\d\d)", Path(path).name)
+    return int(match[1] or match[2]) if match else 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +42,7 @@ class QuantizedTensor:
     block_size: int
     shape: torch.Size
     dtype: torch.dtype
-    _from_numpy: bool = False
+    _library: str = "torch"
 
     @property
     def double_quant(self) -> bool:
@@ -77,20 +78,25 @@ class QuantizedTensor:
                 quantization.
 
         Returns:
-            A torch tensor, or a NumPy array if the input was one and `dtype` is not torch's.
+            An array of the library that the input was of (NumPy, CuPy, and others that can take one
+            by DLPack), on the device of the codes; a torch tensor if that was torch, or if `dtype`
+            is torch's.
 
         Raises:
             TypeError: for another dtype.
         """
-        as_numpy = self._from_numpy and not isinstance(dtype, torch.dtype)
         target = self.dtype if dtype is None else _torch_dtype(dtype)
         output = ops.dequantize(
             *self._parts(), self.codebook.name, self.block_size, self.shape, target
         )
-        return output.numpy() if as_numpy else output
+        give_back = None if isinstance(dtype, torch.dtype) else _maker(self._library)
+        return output if give_back is None else give_back(output)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same tensor on another device; bytes are not touched."""
+        """The same tensor on another device; bytes are not touched.
+
+        On another kind of device it is torch's: `dequantize` gives a torch tensor there.
+        """
         packed, absmax, nested_absmax, nested_offset = (
             None if part is None else part.to(device) for part in self._parts()
         )
@@ -102,6 +108,7 @@ class QuantizedTensor:
             absmax=absmax,
             nested_absmax=nested_absmax,
             nested_offset=nested_offset,
+            _library=self._library if packed.device.type == self.device.type else "torch",
         )
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -127,8 +134,9 @@ def quantize(
     """Quantize an array blockwise (paper, section 2).
 
     Args:
-        array: a torch tensor, a NumPy array, or any array with ``__dlpack__``; float32, float16 or
-            bfloat16; any shape, empty included.
+        array: a torch tensor, a NumPy array, or any array with ``__dlpack__`` (CuPy's are), on the
+            CPU or a GPU; float32, float16 or bfloat16; any shape, empty included. A contiguous one
+            is not copied.
         codebook: "nf4", "fp4", "int4", an ``{index: value}`` map, or a `Codebook`.
         block_size: elements that share a scale: 32, 64, ... 4096.
         double_quant: whether to quantize the scales to 8 bits (paper, section 3).
@@ -153,7 +161,7 @@ def quantize(
         block_size,
         tensor.shape,
         tensor.dtype,
-        _from_numpy=isinstance(array, np.ndarray),
+        _library=_library_of(array),
     )
 
 
@@ -174,6 +182,24 @@ def _as_tensor(array: Any) -> Tensor:
     if hasattr(array, "__dlpack__"):
         return torch.utils.dlpack.from_dlpack(array)
     raise TypeError(f"cannot quantize a {type(array).__name__}; give a tensor or an array")
+
+
+def _library_of(array: Any) -> str:
+    """The top-level package that an array's type comes from."""
+    if isinstance(array, Tensor):
+        return "torch"
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    return type(array).__module__.partition(".")[0]
+
+
+def _maker(library: str) -> Callable[[Tensor], Any] | None:
+    """What makes a tensor an array of that library, in the same memory; None for what stays one."""
+    if library == "torch":
+        return None
+    if library == "numpy":
+        return Tensor.numpy
+    return getattr(sys.modules.get(library), "from_dlpack", None)
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:

@@ -67,14 +67,15 @@ pub enum GpuProblem {
 
     /// The run-time compiler cannot be opened.
     #[error(
-        "NVRTC, which compiles the CUDA kernels, was not found (tried {}); install a CUDA build of \
-         torch, which brings it, or set FOURBIT_NVRTC to the path of libnvrtc; `fourbit doctor` \
-         says more",
-        tried.join("; ")
+        "NVRTC, which compiles the CUDA kernels, cannot be used: {path} ({reason}); install a CUDA \
+         build of torch, which brings it, or set FOURBIT_NVRTC to the path of libnvrtc; \
+         `fourbit doctor` says more"
     )]
     NvrtcMissing {
-        /// Each place, and what was wrong there.
-        tried: Vec<String>,
+        /// The library's file.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
     },
 
     /// A library that lacks a function: it is too old.

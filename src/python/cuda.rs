@@ -19,16 +19,13 @@ use crate::gpu::nvrtc::Compiler;
 /// The one compiler of this process.
 static COMPILER: OnceLock<Compiler> = OnceLock::new();
 
-/// Opens NVRTC, the first of these libraries that can be opened, and returns its path and version.
-/// It stays the compiler of this process: later calls return what the first one opened.
+/// Opens NVRTC and returns its path and version. It stays the compiler of this process: later calls
+/// return what the first one opened.
 #[pyfunction]
-pub(super) fn load_nvrtc(
-    py: Python<'_>,
-    candidates: Vec<PathBuf>,
-) -> PyResult<(PathBuf, (u32, u32))> {
+pub(super) fn load_nvrtc(py: Python<'_>, path: PathBuf) -> PyResult<(PathBuf, (u32, u32))> {
     let compiler = py.detach(|| match COMPILER.get() {
         Some(compiler) => Ok(compiler),
-        None => Compiler::open(&candidates).map(|opened| COMPILER.get_or_init(|| opened)),
+        None => Compiler::open(&path).map(|opened| COMPILER.get_or_init(|| opened)),
     });
     let compiler = compiler.map_err(|error| to_python(&error.into()))?;
     Ok((compiler.path().to_path_buf(), compiler.version()))
@@ -58,7 +55,7 @@ pub(super) fn compile_kernel<'py>(
     let compiled = py
         .detach(|| launch::compile(compiler, file, &specialisation, capability))
         .map_err(|error| to_python(&error.into()))?;
-    Ok((PyBytes::new(py, &compiled.cubin), compiled.log))
+    Ok((PyBytes::new(py, &compiled.image), compiled.log))
 }
 
 /// As `compile_kernel`, through the cache. Returns the machine code and whether the cache had it.
@@ -87,7 +84,7 @@ pub(super) fn build_kernel<'py>(
         })
         .map_err(|error| to_python(&error.into()))?;
     warn_not_kept(py, built.not_kept.as_ref())?;
-    Ok((PyBytes::new(py, &built.cubin), built.cached))
+    Ok((PyBytes::new(py, &built.image), built.cached))
 }
 
 /// The cache's folder, its entries and their bytes. None where no folder is known.

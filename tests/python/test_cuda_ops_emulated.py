@@ -1,66 +1,28 @@
 """The CUDA operators without a GPU: their own code, with launches run by the emulator.
 
-Tensors are on the CPU, and in place of a loaded program stands one that runs the kernel of the same
-file, for the same specialisation, with the launch geometry of the register. What is shown: which
-kernels are called, with which arguments, and what becomes of their results.
+What is shown: which kernels are called, with which arguments, and what becomes of their results.
 """
 
 import pytest
 import torch
 
 import emulate
+import emulated_program
 import fourbit
-from fourbit import _core, cuda_ops, ops
-from fourbit.codebook import Codebook, by_name
+from emulated_program import EmulatedProgram
+from fourbit import cuda_ops, ops
+from fourbit.codebook import Codebook
 from tensors import product_bound
 
 if emulate.unavailable():
     pytest.skip(emulate.unavailable(), allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CAPABILITY, PROCESSORS = 80, 3
-
-
-class EmulatedProgram:
-    def __init__(self, kernel, device, dtype, block_size, codebook, double_quant):
-        assert device == 0
-        book = by_name(codebook)
-        self.file = kernel
-        self.options = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "block_size": block_size,
-            "codebook": book.core,
-            "double_quant": double_quant,
-        }
-        specialisation = emulate.Specialisation(dtype, block_size, book, double_quant)
-        (self.kernels,) = emulate.load(kernel, [specialisation])
-
-    processors = PROCESSORS
-
-    def launch(self, kernel, stream, arguments):
-        assert stream == 0
-        geometry = _core.kernel_geometry(
-            self.file,
-            kernel,
-            arguments,
-            capability=CAPABILITY,
-            processors=PROCESSORS,
-            **self.options,
-        )
-        if geometry is not None:
-            grid, block, dynamic_bytes = geometry
-            self.kernels.launch(
-                kernel, *arguments, grid=tuple(grid), block=block, dynamic_bytes=dynamic_bytes
-            )
 
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    monkeypatch.setattr(cuda_ops, "_program", EmulatedProgram)
-    monkeypatch.setattr(cuda_ops, "stream_of", lambda device: 0)
-    monkeypatch.setattr(cuda_ops, "_ordinal", lambda device: 0)
-    monkeypatch.setattr(cuda_ops, "_capability", lambda device: CAPABILITY)
-    monkeypatch.setattr(cuda_ops, "_check_not_capturing", lambda what: None)
+    emulated_program.patch(monkeypatch)
 
 
 def numbers(*shape, dtype=torch.float32):
@@ -248,6 +210,41 @@ def test_few_rows_are_multiplied_from_packed_codes(rows, launched):
     moved.copy_(packed[0].view(-1))
     cuda_ops.linear(numbers(rows, 200), None, moved, *packed[1:])
     assert launched[1:] == ["fourbit_dequantize"]
+
+
+def test_what_a_graph_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(cuda_ops, "_is_capturing", lambda: True)
+    for name, call in (
+        ("quantize", lambda: cuda_ops.quantize(numbers(64), "nf4", 64)),
+        ("quantize_absmax", lambda: cuda_ops.quantize_absmax(numbers(64).abs())),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{name} looks at its result .* before the captu"):
+            call()
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_sums_that_are_cut_meet_counters_of_zero(capturing, monkeypatch):
+    """They are shared by the products of a stream, and a graph has its own."""
+    monkeypatch.setattr(cuda_ops, "_is_capturing", lambda: capturing)
+    seen = []
+    launch = EmulatedProgram.launch
+
+    def watched(self, kernel, stream, arguments):
+        seen.append(arguments[8])
+        launch(self, kernel, stream, arguments)
+
+    monkeypatch.setattr(EmulatedProgram, "launch", watched)
+    _, packed = weight(40, 544)
+    x = numbers(16, 544, dtype=torch.bfloat16)
+    outputs = [cuda_ops.linear(x, None, *packed) for _ in range(3)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert all(seen)
+    kept = cuda_ops._counters.get((torch.device("cpu"), 0))
+    assert kept is None or not kept.any()
+    if capturing:
+        assert kept is None or kept.data_ptr() not in seen
+    else:
+        assert set(seen) == {kept.data_ptr()}
 
 
 def test_parts_of_the_wrong_size_dtype_or_place_are_named():

@@ -81,10 +81,59 @@ def test_what_cannot_be_compiled_is_named():
         _core.compile_kernel("quantize", capability=70, dtype="float32")
     with pytest.raises(_core.CudaError, match=r"adamw: there is none for bfloat16"):
         _core.compile_kernel("adamw", capability=80, dtype="bfloat16")
-    with pytest.raises(_core.CudaError, match=r"quantize does not compile for sm_999.*NVRTC \d+"):
-        _core.compile_kernel("quantize", capability=999, dtype="float32")
     with pytest.raises(ValueError, match="no kernel file is named"):
         _core.compile_kernel("fft", capability=80, dtype="float32")
+
+
+def test_a_card_newer_than_the_compiler_is_given_what_its_driver_can_compile():
+    newest, _ = _core.compile_kernel("dequantize", capability=999, dtype="float32")
+    assert re.search(rb"\.version.*\.target sm_\d+.*\.entry fourbit_dequantize", newest, re.DOTALL)
+    assert newest.endswith(b"\0")
+    code, _ = _core.compile_kernel("dequantize", capability=87, dtype="float32")
+    assert code.startswith(b"\x7fELF")
+
+
+# Of all functions that are looked up, those that matter here.
+FAKE_NVRTC = """
+#include <stddef.h>
+#include <string.h>
+static const char LOG[] = "error: no such thing";
+int nvrtcVersion(int *major, int *minor) { *major = MAJOR; *minor = 8; return 0; }
+int nvrtcGetNumSupportedArchs(int *count) { *count = 2; return 0; }
+int nvrtcGetSupportedArchs(int *found) { found[0] = 90; found[1] = 80; return 0; }
+int nvrtcCreateProgram(void **p, const char *a, const char *b, int c, void *d, void *e) {
+    *p = p; return 0;
+}
+int nvrtcCompileProgram(void *p, int count, const char *const *options) { return 6; }
+int nvrtcDestroyProgram(void **p) { return 0; }
+int nvrtcGetProgramLogSize(void *p, size_t *size) { *size = sizeof LOG; return 0; }
+int nvrtcGetProgramLog(void *p, char *log) { memcpy(log, LOG, sizeof LOG); return 0; }
+int nvrtcGetCUBINSize(void *p, size_t *size) { return 1; }
+int nvrtcGetCUBIN(void *p, char *image) { return 1; }
+int nvrtcGetPTXSize(void *p, size_t *size) { return 1; }
+int nvrtcGetPTX(void *p, char *image) { return 1; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler cc")
+def test_what_the_compiler_refuses_is_told(monkeypatch, tmp_path):
+    said = {}
+    for major in (11, 13):
+        library = tmp_path / f"libnvrtc.so.{major}"
+        command = ["cc", "-shared", "-fPIC", f"-DMAJOR={major}", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=FAKE_NVRTC, check=True, text=True)
+        code = (
+            "from fourbit import _core, nvrtc\n"
+            "try:\n"
+            "    nvrtc.load()\n"
+            "    _core.compile_kernel('quantize', capability=89, dtype='float32')\n"
+            "except _core.CudaError as error: print(error)"
+        )
+        said[major] = in_fresh_process(code, **environment(monkeypatch, FOURBIT_NVRTC=str(library)))
+    assert "it is of CUDA 11.8, and the kernels need CUDA 12 or later" in said[11]
+    assert said[13] == (
+        "kernel file quantize does not compile for sm_80 with NVRTC 13.8: error: no such thing"
+    )
 
 
 def in_fresh_process(code: str, **environment: str) -> str:
@@ -132,20 +181,34 @@ def test_where_it_is_missing_the_error_says_where_it_was_looked_for(monkeypatch,
     assert "has no function nvrtcVersion" in said
 
 
-def test_that_of_another_cuda_is_not_taken(monkeypatch, tmp_path):
-    packages = tmp_path / "nvidia"
-    for name in ("cu12/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13", "cu14/lib/libnvrtc.so.14"):
-        (packages / name).parent.mkdir(parents=True)
-        (packages / name).touch()
-    (packages / "cu13/lib/libnvrtc-builtins.so.13.2").touch()
-    folders = sorted(packages.iterdir())
-    monkeypatch.setattr(nvrtc, "_of_packages", lambda: nvrtc._in(folders))
-    monkeypatch.setattr(nvrtc, "_of_prefix", list)
+def test_that_of_a_newer_cuda_than_torchs_is_not_taken(monkeypatch):
     monkeypatch.delenv("FOURBIT_NVRTC", raising=False)
-    every = ["cu12", "cu13", "cu14"]
-    for cuda, expected in (("13.2", ["cu13"]), ("12.8", ["cu12"]), (None, every)):
-        monkeypatch.setattr(nvrtc, "torch_cuda", lambda cuda=cuda: cuda)
-        paths = [Path(path) for path in nvrtc.candidates()]
-        found = [path.parts[-3] for path in paths if path.is_absolute()]
-        assert found == expected
-        assert not paths[-1].is_absolute(), "the system's own search comes last"
+    _, (major, _) = nvrtc.load()
+    monkeypatch.setattr(nvrtc, "torch_cuda", lambda: f"{major - 1}.9")
+    with pytest.raises(_core.CudaError, match=rf"is newer than CUDA {major - 1}\.9.*FOURBIT_NVRTC"):
+        nvrtc.load()
+    for older in (f"{major}.0", f"{major + 1}.0", None):
+        monkeypatch.setattr(nvrtc, "torch_cuda", lambda older=older: older)
+        nvrtc.load()
+
+
+def test_where_none_is_found_the_error_is_one_sentence(monkeypatch):
+    from cuda import pathfinder
+
+    def fails(name):
+        raise pathfinder.DynamicLibNotFoundError(f"no {name} here\n  looked there\n  and there")
+
+    monkeypatch.delenv("FOURBIT_NVRTC", raising=False)
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", fails)
+    with pytest.raises(
+        _core.CudaError, match=r"was not found \(no nvrtc here\); install a CUDA bu"
+    ):
+        nvrtc.load()
+
+
+@pytest.mark.parametrize(
+    ("file", "major"),
+    [("libnvrtc.so.13", 13), ("libnvrtc.so.12.8.93", 12), ("nvrtc64_130_0.dll", 13), ("x.so", 0)],
+)
+def test_the_version_is_in_the_name(file, major):
+    assert nvrtc._major(f"/some/folder.so.7/{file}") == major

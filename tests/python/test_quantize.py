@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -205,21 +207,47 @@ def test_numpy_in_numpy_out(generator):
     assert np.array_equal(transposed.dequantize(), back)
 
 
+class Array:
+    """A foreign array: nothing but the protocol."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **kwargs):
+        return self.tensor.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
 def test_any_dlpack_array(generator):
-    class Array:
-        """A foreign array: nothing but the protocol."""
-
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def __dlpack__(self, **kwargs):
-            return self.tensor.__dlpack__(**kwargs)
-
-        def __dlpack_device__(self):
-            return self.tensor.__dlpack_device__()
-
     x = torch.randn(9, 7, generator=generator)
-    assert torch.equal(fourbit.quantize(Array(x)).packed, fourbit.quantize(x).packed)
+    q = fourbit.quantize(Array(x))
+    assert torch.equal(q.packed, fourbit.quantize(x).packed)
+    assert type(q.dequantize()) is torch.Tensor, "nothing is known that would make an Array"
+
+
+def test_dlpack_arrays_are_given_back_without_copies(generator, monkeypatch):
+    """As CuPy's are: the library is found by the type's module, and has ``from_dlpack``."""
+    library = types.ModuleType("arrays")
+    monkeypatch.setitem(sys.modules, "arrays", library)
+    library.Array = type("Array", (Array,), {"__module__": "arrays.core"})
+    library.from_dlpack = lambda other: library.Array(torch.from_dlpack(other))
+    x = torch.randn(9, 64, generator=generator)
+    seen = []
+    quantize = ops.quantize
+    monkeypatch.setattr(
+        ops, "quantize", lambda tensor, *rest: seen.append(tensor) or quantize(tensor, *rest)
+    )
+    q = fourbit.quantize(library.Array(x))
+    assert seen[0].data_ptr() == x.data_ptr()
+    back = q.dequantize()
+    assert type(back) is library.Array
+    assert torch.equal(back.tensor, fourbit.quantize(x).dequantize())
+    assert type(q.dequantize(torch.float16)) is torch.Tensor
+    assert type(q.to("cpu").dequantize()) is library.Array
+    assert type(q.to("meta").dequantize()) is torch.Tensor
+    assert type(fourbit.quantize(x.numpy()).to("meta").dequantize()) is torch.Tensor
 
 
 def test_views_and_empty_tensors(generator):

@@ -165,9 +165,10 @@ class LoraLinear(nn.Module):
             return result
         side_input = x.to(self.lora_A.weight.dtype)
         dropped = self.lora_dropout(side_input)
-        side: Tensor = self.lora_B(self.lora_A(dropped)) * self.scaling
+        down: Tensor = self.lora_A(dropped)
         if self.lora_magnitude_vector is None:
-            return (result + side).to(result.dtype)
+            return self._add_side(result, down)
+        side: Tensor = self.lora_B(down) * self.scaling
         factor: Tensor = self.lora_magnitude_vector / self.weight_norm()
         # Dropout acts on the whole input of the direction, that of the frozen weight included.
         if self.training and isinstance(self.lora_dropout, nn.Dropout):
@@ -176,6 +177,18 @@ class LoraLinear(nn.Module):
             direction = result if self.bias is None else result - self.bias
         total = result + (factor - 1) * direction + factor * side
         return total.to(result.dtype)
+
+    def _add_side(self, result: Tensor, down: Tensor) -> Tensor:
+        """``result + scaling * B(down)`` in the wider dtype of both, rounded once to the first's.
+
+        The product adds itself into the output, which is the layer's own memory: of all tensors as
+        large as the output there is one where the dtypes agree, and three passes over it are saved.
+        """
+        dtype = torch.promote_types(result.dtype, down.dtype)
+        total = result.to(dtype).reshape(-1, self.out_features)
+        up = self.lora_B.weight.to(dtype)  # operators in place know no autocast
+        total = total.addmm_(down.to(dtype).reshape(-1, self.r), up.T, alpha=self.scaling)
+        return total.view(result.shape).to(result.dtype)
 
     def weight_norm(self) -> Tensor:
         """Row norms of ``W + scaling * B A``, float32 [out_features], detached.
