@@ -270,4 +270,8 @@ def test_as_bitsandbytes_decodes(generator):
 def test_arrays_of_cupy():
     cupy = pytest.importorskip("cupy")
     array = cupy.asarray(numbers(100, 65).numpy())
-    assert_same_parts(fourbit.quantize(array), fourbit.quantize(numbers(100, 65)))
+    on_card, on_cpu = fourbit.quantize(array), fourbit.quantize(numbers(100, 65))
+    assert_same_parts(on_card, on_cpu)
+    restored = on_card.dequantize()
+    assert isinstance(restored, cupy.ndarray)
+    assert_same_bytes(torch.from_dlpack(restored), on_cpu.dequantize())
