@@ -478,19 +478,17 @@ template <class T> struct Output {
     i64 features;
     u32 splits;
 
-    // A lane's sums are those of mma_16x8x16.
-    template <u32 TILES, class Give>
-    __device__ __forceinline__ void for_each(const float (&sums)[TILES][4], i64 first_feature,
-                                             i64 first_row, Give give) const {
+    // A lane's places in a tile, of those that exist: feature, row, and number of four, as
+    // mma_16x8x16 has them. The block's features begin with `first_feature`, the tile's rows with
+    // `first_row`.
+    template <class Visit>
+    __device__ __forceinline__ void places(i64 first_feature, i64 first_row, Visit visit) const {
         const u32 lane = threadIdx.x % WARP;
 #pragma unroll
-        for (u32 tile = 0; tile < TILES; ++tile) {
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const i64 feature = first_feature + threadIdx.x / WARP * 16 + lane / 4 + i / 2 * 8;
-                const i64 row = first_row + tile * 8 + lane % 4 * 2 + i % 2;
-                if (feature < features && row < rows) give(feature, row, sums[tile][i]);
-            }
+        for (u32 i = 0; i < 4; ++i) {
+            const i64 feature = first_feature + threadIdx.x / WARP * 16 + lane / 4 + i / 2 * 8;
+            const i64 row = first_row + lane % 4 * 2 + i % 2;
+            if (feature < features && row < rows) visit(feature, row, i);
         }
     }
 
@@ -503,14 +501,18 @@ template <class T> struct Output {
     template <u32 TILES>
     __device__ __forceinline__ void write(const float (&sums)[TILES][4], i64 first_feature,
                                           i64 first_row) const {
-        if (splits == 1) {
-            for_each(sums, first_feature, first_row,
-                     [&](i64 feature, i64 row, float sum) { finish(feature, row, sum); });
-            return;
+        f32* own = splits == 1 ? nullptr : partial + i64(blockIdx.z) * rows * features;
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; ++tile) {
+            places(first_feature, first_row + tile * 8, [&](i64 feature, i64 row, u32 i) {
+                if (own) {
+                    own[row * features + feature] = sums[tile][i];
+                } else {
+                    finish(feature, row, sums[tile][i]);
+                }
+            });
         }
-        f32* own = partial + i64(blockIdx.z) * rows * features;
-        for_each(sums, first_feature, first_row,
-                 [&](i64 feature, i64 row, float sum) { own[row * features + feature] = sum; });
+        if (!own) return;
         __shared__ u32 before;
         // Sums before the count, for all to see; and the other way round below.
         __threadfence();
@@ -521,13 +523,19 @@ template <class T> struct Output {
         if (before + 1 < splits) return;
         __threadfence();
         if (threadIdx.x == 0) *count = 0;
-        for_each(sums, first_feature, first_row, [&](i64 feature, i64 row, float) {
-            float sum = 0.0f;
+        // Rolled up: the sums of this block are not needed any more.
+#pragma unroll 1
+        for (u32 tile = 0; tile < TILES; ++tile) {
+            float totals[4] = {};
             for (u32 split = 0; split < splits; ++split) {
                 const volatile f32* theirs = partial + i64(split) * rows * features;
-                sum += theirs[row * features + feature];
+                places(first_feature, first_row + tile * 8, [&](i64 feature, i64 row, u32 i) {
+                    totals[i] += theirs[row * features + feature];
+                });
             }
-            finish(feature, row, sum);
-        });
+            places(first_feature, first_row + tile * 8, [&](i64 feature, i64 row, u32 i) {
+                finish(feature, row, totals[i]);
+            });
+        }
     }
 };
