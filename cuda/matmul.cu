@@ -21,8 +21,8 @@
 // alone.
 //
 // Launch: block 256; grid (ceil(n / 128), ceil(m / rows), splits); dynamic shared memory
-// 32,768 + STAGES * (7,168 + 192 rows) bytes, STAGES 2 before sm_80 and 3 from there on: 61,952 for
-// 8 rows, 85,504 ... 91,136 for 64 (sm_80). rows is 8, 16, 32 or 64; before sm_80 8, 16 or 32 (64
+// 32,768 + STAGES * (7,168 + 192 rows) bytes, STAGES 2 before sm_80 and 3 from there on: 58,880 for
+// 8 rows to 91,136 for 64 (sm_80). rows is 8, 16, 32 or 64; before sm_80 8, 16 or 32 (64
 // needs more shared memory than they have), and f16 alone (they have no bf16 mma). Good splits fill
 // the card: processors / (tiles of n x tiles of m), and no more than k / 256.
 //
@@ -30,13 +30,25 @@
 // each tile of m; 2 m n k operations. Beside it x is read once for each 128 rows of W, from the
 // second-level cache.
 // Why it should come near: codes and x come by cp.async, two stages ahead: a block has 8 KiB of
-// codes and 2 blocks of an H100 processor, with x, have 40 KiB in flight. Codes go to the tensor
-// cores without a stop: W is the left operand (16 x 16), x the right (16 x 8), and the columns of a
-// step are so dealt out that the 8 codes of a 32-bit word are a lane's part of two steps. A byte is
-// a pair of values, looked up in a table that stands in shared memory 32 times, once for each bank;
-// x is read by 16 bytes. Rows of both tiles are padded so that no read meets another's bank. For 16
-// rows and 32 columns of W that is 8 looks and 16 shifts and masks a lane; the multiplications take
-// two mma for every 8 rows of x and four multiply-adds for the scale.
+// codes under way. An H100 processor has room for 3 blocks of 8 or 16 rows and 2 of 32 or 64,
+// with x 30 to 48 KiB; an A100 for 2 (1 of 64 rows), an RTX 4090 for 1. Codes go to the tensor
+// cores without a stop: W is the left operand (16 x 16), x the right (16 x 8), and the columns
+// of a step are so dealt out that the 8 codes of a 32-bit word are a lane's part of two steps. A
+// byte is a pair of values, looked up in a table that stands in shared memory 32 times, once for
+// each bank; x is read by 16 bytes. Rows of both tiles are padded so that no read meets
+// another's bank.
+// Counted for bf16, double quantization, on a warp's stage of 16 rows and 64 columns of W, 32
+// codes a lane (fillers between mma left out); cycles are of a processor's shared memory, the
+// copies' writes with them, where an H100's memory takes 37, an A100's 39 and an RTX 4090's 170:
+//   rows of x   sm_80   sm_90   mma   shared reads (looks, codes and scales, x)   cycles
+//           8     134     138     4   16 + 8 + 2                                      38
+//          16     153     172     8   16 + 8 + 4                                      47
+//          32     179     182    16   16 + 8 + 8                                      65
+//          64     249     251    32   16 + 8 + 16                                    101
+// Issue takes a quarter of the instructions in cycles: 35 to 63. So for 8 rows memory and shared
+// memory come out alike on the large cards; for more it is shared memory that binds, at 79 percent
+// of the memory's speed on an H100 for 16, 57 for 32 and 37 for 64. On an RTX 4090 the memory binds
+// for all. Four multiply-adds for the scale go with every two mma.
 #include "common.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
@@ -260,7 +272,8 @@ __device__ __forceinline__ void matmul(const Problem& problem, const Output<ELEM
         const u32 step = begin + ahead;
         if (step < end) {
             loader.copy(shared + filled, step);
-            loader.store_scale(shared + filled, problem.scales.decode(loader.fetch_scale(step), offset));
+            const auto fetched = loader.fetch_scale(step);
+            loader.store_scale(shared + filled, problem.scales.decode(fetched, offset));
         }
         copy_async_commit();
         filled = Stage<M>::after(filled);
@@ -292,6 +305,8 @@ __device__ __forceinline__ void matmul(const Problem& problem, const Output<ELEM
     output.write(sums, first_row, first_x);
 }
 
+// Two blocks must fit a processor's registers: without a bound the compiler stays below 64
+// registers for some and spills, or goes beyond 128.
 #define MATMUL(rows)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) fourbit_matmul_##rows(             \
         const ELEMENT* x, const u8* packed, const void* absmax, const f32* nested_absmax,       \
@@ -312,5 +327,7 @@ MATMUL(64)
 FOURBIT_EMULATE(fourbit_matmul_8)
 FOURBIT_EMULATE(fourbit_matmul_16)
 FOURBIT_EMULATE(fourbit_matmul_32)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 FOURBIT_EMULATE(fourbit_matmul_64)
+#endif
 #endif

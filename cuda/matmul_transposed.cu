@@ -20,21 +20,34 @@
 // block that comes last, so the result depends on n, splits and the kernel alone.
 //
 // Launch: block 256; grid (ceil(k / 128), ceil(m / rows), splits); dynamic shared memory
-// 34,816 + 128 * TABLE_COPIES * 16 + 288 * rows bytes, TABLE_COPIES 8 before sm_80 and 16 from there
-// on: 69,888 for 8 rows to 86,016 for 64 (sm_80). rows is 8, 16, 32 or 64; before sm_80 f16 alone,
-// and not 64 rows. Good splits fill the card: processors / (tiles of k x tiles of m), and no more
-// than n / 256.
+// 34,816 + 128 * TABLE_COPIES * 16 + 288 * rows bytes, TABLE_COPIES 8 before sm_80 and 16 from
+// there on: 69,888 for 8 rows to 86,016 for 64 (sm_80). rows is 8, 16, 32 or 64; before sm_80
+// f16 alone, and not 64 rows. Good splits fill the card: processors / (tiles of k x tiles of m),
+// and no more than n / 256.
 //
 // Floor: 0.5 bytes a weight for codes, 1 / BLOCK_SIZE or 4 / BLOCK_SIZE for scales, read once for
 // each tile of m; 2 m n k operations. Beside it dy is read once for each 128 columns of W.
-// Why it should come near: a thread holds the 16 bytes of two coming stages in registers, 8 KiB a
-// block; 128 columns of a row are 64 bytes side by side. Decoding is one 64-bit look a byte, into a
-// table of pairs that stands in shared memory 16 times, so that no look meets another's bank, two
-// multiplications and one packing. Tiles have rows of 16 bytes more than a multiple of 128, and
-// threads of the right half of a row write its pieces in another order: neither these writes nor
-// ldmatrix meet bank conflicts. The decoded tile is W and the left operand its transpose, which
-// ldmatrix.trans gives. Tiles are double: one barrier a stage, and fast warps decode while slow ones
-// multiply.
+// Why it comes near where it does: a thread holds the 16 bytes of two coming stages in registers,
+// 8 KiB a block; an H100 processor has room for 3 blocks of 8 or 16 rows and 2 of 32 or 64, an A100
+// for 2 (1 of 64 rows), an RTX 4090 for 1. 128 columns of a row are 64 bytes side by side. Decoding
+// is one 64-bit look a byte, into a table of pairs that stands in shared memory 16 times, so
+// that no look meets another's bank, two multiplications and one packing. Tiles have rows of 16
+// bytes more than a multiple of 128, and threads of the right half of a row write its pieces in
+// another order: neither these writes nor ldmatrix meet bank conflicts. The decoded tile is W
+// and the left operand its transpose, which ldmatrix.trans gives. Tiles are double: one barrier
+// a stage, and fast warps decode while slow ones multiply.
+// Counted for bf16, double quantization, n a multiple of 8, on a warp's share of a stage, 32
+// codes a lane (fillers between mma left out); cycles are of a processor's shared memory, the
+// copies' writes with them, where an H100's memory takes 37, an A100's 39 and an RTX 4090's 170:
+//   rows of dy   sm_80   sm_90   mma   shared accesses (looks, writes, ldmatrix)   cycles
+//            8     221     242     4   16 + 4 + 6                                      73
+//           16     234     255     8   16 + 4 + 8                                      82
+//           32     228     249    16   16 + 4 + 12                                    100
+//           64     311     328    32   16 + 4 + 20                                    136
+// Issue takes a quarter of the instructions in cycles. Shared memory binds on the large cards,
+// at half of the memory's speed for 8 rows and a quarter for 64: the decoded tile goes through it
+// once in and once out, and every warp reads all of dy's. There the floor is not reached. On an
+// RTX 4090 the memory binds.
 #include "common.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
@@ -274,6 +287,8 @@ __device__ __forceinline__ void matmul_transposed(const Problem& problem,
     output.write(sums, first_column, first_row);
 }
 
+// Two blocks must fit a processor's registers: without a bound the compiler stays below 64
+// registers for some and spills, or goes beyond 128.
 #define MATMUL_TRANSPOSED(rows)                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) fourbit_matmul_transposed_##rows( \
         const ELEMENT* dy, const u8* packed, const void* absmax, const f32* nested_absmax,     \
@@ -294,5 +309,7 @@ MATMUL_TRANSPOSED(64)
 FOURBIT_EMULATE(fourbit_matmul_transposed_8)
 FOURBIT_EMULATE(fourbit_matmul_transposed_16)
 FOURBIT_EMULATE(fourbit_matmul_transposed_32)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 FOURBIT_EMULATE(fourbit_matmul_transposed_64)
+#endif
 #endif
