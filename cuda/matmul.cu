@@ -10,11 +10,14 @@
 //   nested_offset  f32 [1], null without DOUBLE_QUANT
 //   bias           ELEMENT [n], or null
 //   y              ELEMENT [m, n]
-//   partial        f32 [splits, m, n], workspace of any contents; null where splits is 1
-//   arrived        u32 [tiles of n x tiles of m], zeros; zeros again afterwards; null where splits
-//                  is 1
+//   partial        f32 [splits, tiles of n x tiles of m, rows * 128], workspace of any contents;
+//                  null where splits is 1
+//   arrived        u32 [tiles of n x tiles of m], zeros, and zeros again afterwards; or null, for
+//                  the kernel's own, of which a launch has a slot, with no more tiles than a slot
+//                  has counters
 //   m, n, k        i64; k a multiple of 32. Any m and n.
 //   splits         u32, the grid's third dimension
+//   slot           u32, of the kernel's own counters: no two launches at a time may have the same
 // Values are rounded to ELEMENT, scales stay in single precision and multiply the sum over each 32
 // columns: more exact than a dense product, whose weight is rounded after scaling. Splits are added
 // in their order by the block that comes last, so the result depends on k, splits and the kernel
@@ -67,6 +70,9 @@ constexpr u32 STAGES = 2;
 static_assert(THREADS == BLOCK_ROWS * CHUNKS, "a thread brings a chunk of codes and its scale");
 
 static __device__ const float CODEBOOK[16] = CODEBOOK_VALUES;
+
+// Zeros before and after every launch: a slot's are counted by one launch at a time.
+static __device__ u32 COUNTERS[COUNTER_SLOTS][SLOT_COUNTERS];
 
 // Both values of every byte, the first in the lower half; copy c of byte b is number 32 b + c.
 __device__ __forceinline__ void fill_table(u32* table) {
@@ -274,9 +280,9 @@ template <u32 M> __device__ __forceinline__ void matmul(const Problem& problem, 
     extern "C" __global__ void __launch_bounds__(THREADS) fourbit_matmul_##rows(                \
         const ELEMENT* x, const u8* packed, const void* absmax, const f32* nested_absmax,       \
         const f32* nested_offset, const ELEMENT* bias, ELEMENT* y, f32* partial, u32* arrived,  \
-        i64 m, i64 n, i64 k, u32 splits) {                                                      \
+        i64 m, i64 n, i64 k, u32 splits, u32 slot) {                                            \
         matmul<rows>({x, packed, {absmax, nested_absmax, nested_offset}, m, n, k},              \
-                     {bias, y, partial, arrived, m, n, splits});                                \
+                     {bias, y, partial, arrived ? arrived : COUNTERS[slot], m, n, splits});     \
     }
 
 MATMUL(8)

@@ -9,11 +9,14 @@
 //   nested_absmax  f32 [ceil(blocks / 256)], null without DOUBLE_QUANT
 //   nested_offset  f32 [1], null without DOUBLE_QUANT
 //   dx             ELEMENT [m, k]
-//   partial        f32 [splits, m, k], workspace of any contents; null where splits is 1
-//   arrived        u32 [tiles of k x tiles of m], zeros; zeros again afterwards; null where splits
-//                  is 1
+//   partial        f32 [splits, tiles of k x tiles of m, rows * 128], workspace of any contents;
+//                  null where splits is 1
+//   arrived        u32 [tiles of k x tiles of m], zeros, and zeros again afterwards; or null, for
+//                  the kernel's own, of which a launch has a slot, with no more tiles than a slot
+//                  has counters
 //   m, n, k        i64; k a multiple of 32. Any m and n; n a multiple of 8 is faster.
 //   splits         u32, the grid's third dimension
+//   slot           u32, of the kernel's own counters: no two launches at a time may have the same
 // The product runs over rows of W, and scales lie along them: one scale belongs to 32 or more
 // results and no single sum, so it is folded in before the multiplication. The decoded weight is
 // rounded to ELEMENT, as `fourbit_dequantize` rounds it. Splits are added in their order by the
@@ -63,6 +66,9 @@ constexpr u32 TABLE_COPIES = 8;
 constexpr u32 TABLE_BYTES = 256 * TABLE_COPIES * 8;
 
 static __device__ const float CODEBOOK[16] = CODEBOOK_VALUES;
+
+// Zeros before and after every launch: a slot's are counted by one launch at a time.
+static __device__ u32 COUNTERS[COUNTER_SLOTS][SLOT_COUNTERS];
 
 struct alignas(8) ValuePair {
     float first;
@@ -226,9 +232,10 @@ __device__ __forceinline__ void matmul_transposed(const Problem& problem,
     extern "C" __global__ void __launch_bounds__(THREADS) fourbit_matmul_transposed_##rows(    \
         const ELEMENT* dy, const u8* packed, const void* absmax, const f32* nested_absmax,     \
         const f32* nested_offset, ELEMENT* dx, f32* partial, u32* arrived, i64 m, i64 n,       \
-        i64 k, u32 splits) {                                                                   \
+        i64 k, u32 splits, u32 slot) {                                                         \
         matmul_transposed<rows>({dy, packed, {absmax, nested_absmax, nested_offset}, m, n, k}, \
-                                {nullptr, dx, partial, arrived, m, k, splits});                \
+                                {nullptr, dx, partial, arrived ? arrived : COUNTERS[slot],     \
+                                 m, k, splits});                                               \
     }
 
 MATMUL_TRANSPOSED(8)

@@ -9,6 +9,7 @@ use super::quantize::Codebook;
 use crate::element::Dtype;
 use crate::gpu::kernel::{Card, File, Value};
 use crate::gpu::kernels::{self, FILES};
+use crate::gpu::products;
 use crate::gpu::source::{Specialisation, translation_unit};
 use crate::{BlockSize, Error, codebook};
 
@@ -86,17 +87,19 @@ pub(super) fn kernel_geometry(
     Ok(geometry.map(|geometry| (geometry.grid, geometry.block, geometry.dynamic_bytes)))
 }
 
-/// The tiles of a tensor-core product's result, and into how many parts its sums are best cut.
+/// How the sums of a tensor-core product are best cut: parts, tiles of the result (counters that
+/// are needed), and float32 numbers of workspace.
 #[pyfunction]
 #[pyo3(signature = (*, rows, tile_rows, columns, depth, processors))]
-pub(super) fn product_splits(
+pub(super) fn product_cut(
     rows: u64,
     tile_rows: u64,
     columns: u64,
     depth: u64,
     processors: u32,
-) -> (u64, u32) {
-    kernels::splits(rows, tile_rows, columns, depth, processors)
+) -> (u32, u64, u64) {
+    let cut = products::cut(rows, tile_rows, columns, depth, processors);
+    (cut.splits, cut.tiles, cut.partial)
 }
 
 /// Raises the error of a tensor whose element of that index is not finite.

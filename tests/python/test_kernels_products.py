@@ -161,17 +161,17 @@ def test_products_without_columns_are_the_bias(generator):
 STAGES = 3
 
 
-def matmul(x, weight, *, rows, splits=1, bias=None, order=0, eager_copies=False):
+def matmul(x, weight, *, rows, splits=1, slot=None, bias=None, order=0, eager_copies=False):
     m, n = x.shape[0], weight.n
     tiles = (-(-n // 128), -(-m // rows))
     y = Buffer.empty(m * n, x.dtype)
-    partial = Buffer.empty(splits * m * n, torch.float32)
+    partial = Buffer.empty(splits * tiles[0] * tiles[1] * rows * 128, torch.float32)
     arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
     weight.kernels("matmul", x.dtype).launch(
         f"fourbit_matmul_{rows}",
         *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
-        *((partial, arrived) if splits > 1 else (None, None)),
-        *(m, n, weight.k, ctypes.c_uint32(splits)),
+        *((partial, arrived if slot is None else None) if splits > 1 else (None, None)),
+        *(m, n, weight.k, ctypes.c_uint32(splits), ctypes.c_uint32(slot or 0)),
         grid=(*tiles, splits),
         dynamic_bytes=32768 + STAGES * (7168 + 192 * rows),
         order=order,
@@ -223,17 +223,17 @@ def test_matmul_of_every_block_size(block_size, codebook, generator):
     assert_close(matmul(x, weight, rows=8), x, weight.exact, weight_is_rounded=True)
 
 
-def matmul_transposed(dy, weight, *, rows, splits=1, order=0, eager_copies=False):
+def matmul_transposed(dy, weight, *, rows, splits=1, slot=None, order=0, eager_copies=False):
     m, k = dy.shape[0], weight.k
     tiles = (-(-k // 128), -(-m // rows))
     dx = Buffer.empty(m * k, dy.dtype)
-    partial = Buffer.empty(splits * m * k, torch.float32)
+    partial = Buffer.empty(splits * tiles[0] * tiles[1] * rows * 128, torch.float32)
     arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
     weight.kernels("matmul_transposed", dy.dtype).launch(
         f"fourbit_matmul_transposed_{rows}",
         *(Buffer(dy), *weight.arguments(), dx),
-        *((partial, arrived) if splits > 1 else (None, None)),
-        *(m, weight.n, k, ctypes.c_uint32(splits)),
+        *((partial, arrived if slot is None else None) if splits > 1 else (None, None)),
+        *(m, weight.n, k, ctypes.c_uint32(splits), ctypes.c_uint32(slot or 0)),
         grid=(*tiles, splits),
         dynamic_bytes=34816 + 32768 + 288 * rows,
         order=order,
@@ -285,3 +285,14 @@ def test_transposed_product_of_every_block_size(block_size, codebook, generator)
     dy = numbers(3, 21, dtype=torch.bfloat16, generator=generator)
     dx = matmul_transposed(dy, weight, rows=8)
     assert_close(dx, dy, weight.exact.T, weight_is_rounded=True)
+
+
+@pytest.mark.parametrize("product", [matmul, matmul_transposed])
+def test_own_counters_are_zero_after_every_launch(product, generator):
+    """Else a later launch would take the wrong block for the last, which finds numbers missing."""
+    weight = Weight(288, 288, generator)
+    x = numbers(11, 288, dtype=torch.bfloat16, generator=generator)
+    expected = product(x, weight, rows=8, splits=3)
+    slots = _core.COUNTER_SLOTS
+    for slot in (0, 0, slots - 1, 0, slots - 1):
+        assert torch.equal(product(x, weight, rows=8, splits=3, slot=slot), expected)
