@@ -4,6 +4,18 @@
 // No toolkit header is included, because NVRTC's package ships none. Everything that is not plain
 // C++ is in the last section, once in PTX and once, for the tests that run kernels on a CPU, as
 // calls into tests/kernels/emulator.h, which defines FOURBIT_EMULATED.
+//
+// What the kernels' files set their counts against, from the makers' data sheets (a processor is a
+// streaming multiprocessor; nothing of it was measured):
+//   card             memory, TB/s   processors   GHz     bytes a cycle and processor
+//   H100 SXM         3.35           132          1.755   14.5
+//   A100 80 GB SXM   2.04           108          1.41    13.4
+//   RTX 4090         1.01           128          2.52     3.1
+// In a cycle a processor issues 4 instructions, each of a warp, and its shared memory serves 128
+// bytes: accesses of 4, 8 and 16 bytes by all lanes take 1, 2 and 4 cycles. To keep the memory
+// of an H100 busy for the 700 ns until an answer comes, a processor must have 18 KiB under way.
+// Instructions are counted in the machine code of NVRTC 13.2, on the path of whole tiles.
+// Registers stand in RESOURCES.md.
 #pragma once
 
 using u8 = unsigned char;
@@ -171,10 +183,6 @@ __device__ __forceinline__ Pack<float, 4> load_shared_by_blocks(const Pack<float
     emulator::check_aligned(source, 16);
     return *source;
 }
-__device__ __forceinline__ void store_once(Wide* target, Wide value) {
-    emulator::check_aligned(target, 16);
-    *target = value;
-}
 __device__ __forceinline__ void store_wide(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
     *target = value;
@@ -256,13 +264,6 @@ __device__ __forceinline__ Pack<float, 4> load_shared_by_blocks(const Pack<float
                  : "l"(source)
                  : "memory");
     return value;
-}
-
-// Writes what this kernel will not read: first to leave the second-level cache.
-__device__ __forceinline__ void store_once(Wide* target, Wide value) {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(value.words[0]),
-                 "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
-                 : "memory");
 }
 
 // One access of all of T, whose alignment the address has.
@@ -412,6 +413,32 @@ __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&fragment)[4], co
 
 #endif
 
+// Waits until at most `pending` of the newest groups of this thread are under way, or fewer.
+__device__ __forceinline__ void copy_async_wait_but(u32 pending) {
+    if (pending >= 4) {
+        copy_async_wait<4>();
+    } else if (pending == 3) {
+        copy_async_wait<3>();
+    } else if (pending == 2) {
+        copy_async_wait<2>();
+    } else if (pending == 1) {
+        copy_async_wait<1>();
+    } else {
+        copy_async_wait<0>();
+    }
+}
+
+// Bytes of shared memory that the launch gave.
+__device__ __forceinline__ u32 dynamic_bytes() {
+#ifdef FOURBIT_EMULATED
+    return emulator::dynamic_bytes;
+#else
+    u32 bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return bytes;
+#endif
+}
+
 // Shared memory whose size the launch gives.
 __device__ __forceinline__ u8* dynamic_shared() {
 #ifdef FOURBIT_EMULATED
@@ -449,8 +476,10 @@ struct Scales {
         return {0, static_cast<const f32*>(absmax)[block]};
     }
 
-    __device__ __forceinline__ float decode(const Fetched& fetched, float offset) const {
-        if (DOUBLE_QUANT) return decode_scale(NESTED_TABLE[fetched.code], fetched.absmax, offset);
+    // `table` is NESTED_TABLE or a copy of it.
+    __device__ __forceinline__ static float decode(const Fetched& fetched, float offset,
+                                                   const float* table = NESTED_TABLE) {
+        if (DOUBLE_QUANT) return decode_scale(table[fetched.code], fetched.absmax, offset);
         return fetched.absmax;
     }
 
@@ -508,8 +537,8 @@ template <class T> struct Output {
     i64 features;
     u32 splits;
 
-    // Writes a block's sums, a lane's being those of mma_16x8x16. Those of splits are added in their
-    // order by the block that comes last.
+    // Writes a block's sums, a lane's being those of mma_16x8x16. Those of splits are added in
+    // their order by the block that comes last.
     template <u32 TILES>
     __device__ __forceinline__ void write(float (&sums)[TILES][4], i64 first_feature,
                                           i64 first_row) const {

@@ -17,22 +17,25 @@
 // Launch: block 256; grid (ceil(n / 16), ceil(m / rows)); dynamic shared memory 65,536 bytes, which
 // every card from sm_75 on has: 32 KiB of table and 32 KiB of x.
 //
-// Floor: 0.5 bytes a weight for codes and 1 / BLOCK_SIZE (with DOUBLE_QUANT) or 4 / BLOCK_SIZE bytes
-// for scales, read once. Rows m 1 to 8 share that one pass.
+// Floor: 0.5 bytes a weight for codes and 1 / BLOCK_SIZE (with DOUBLE_QUANT) or 4 / BLOCK_SIZE
+// bytes for scales, read once. Rows m 1 to 8 share that one pass.
 // Why it should be reached: a warp has two rows of W; a lane reads 16 bytes, 32 codes, of each and
-// asks for the next before it uses them, so a block has 16 KiB and three blocks of an H100 processor
-// 48 KiB in flight, where 3.35 TB/s at 700 ns on 132 processors need 18.
+// asks for the next before it uses them, so a block has 8 KiB under way beside the 8 that it works
+// on, and three blocks of an H100 processor 24 KiB of the former, where 18 are needed.
 // Two codes, a byte, take one look into a table of pairs in shared memory, which stands there 16
-// times, once for each bank pair: no look meets another's bank. x lies in shared memory in the order
-// in which lanes read it, so those reads have no conflicts either.
-// Compiled for bf16, one row, double quantization, the loop over 64 codes is some 300 instructions
-// (sm_80: 294, of which 66 multiply-adds, 40 shared reads, 58 shifts and masks for addresses): 4.7 a
-// code. At the memory's full speed an H100 may issue 4.6 and an A100 4.9 a code, so there instructions
-// and memory come out near each other; an RTX 4090 has room for 21. With 8 rows the
-// multiply-adds, 8 a code, bind on the large cards, and matmul.cu does better.
+// times, once for each bank pair: no look meets another's bank. x lies in shared memory in the
+// order in which lanes read it, so those reads have no conflicts either.
+// Counted for bf16, one row, double quantization: a lane's 64 codes take 291 instructions on sm_80
+// and 304 on sm_90, of which 66 multiply-adds, 40 shared reads and 58 shifts and masks for
+// addresses: 4.5 and 4.8 a code. A warp's 2048 codes so take 73 and 76 cycles of issue and 80 of
+// shared memory, and the memory 73 cycles of an H100, 79 of an A100 and 340 of an RTX 4090. On the
+// large cards all three come out near each other, and on an H100 shared memory may hold the kernel
+// to nine tenths of the memory's speed. More rows add to the instructions: 686 for 4 and 1188
+// (sm_90 1216) for 8, of which 512 multiply-adds; these bind on the large cards, at two and one
+// quarter of the memory's speed, and matmul.cu does better.
 //
-// Where k is no multiple of 32, rows of W begin anywhere in the stream of codes. Codes are then read
-// by the same aligned 16 bytes, of which lanes leave out what is another row's.
+// Where k is no multiple of 32, rows of W begin anywhere in the stream of codes. Codes are then
+// read by the same aligned 16 bytes, of which lanes leave out what is another row's.
 #include "common.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
@@ -137,7 +140,9 @@ struct Weight {
         Wide wide{};
 #pragma unroll
         for (u32 i = 0; i < 16; ++i) {
-            if (chunk * 16 + i < bytes) wide.words[i / 4] |= u32(packed[chunk * 16 + i]) << i % 4 * 8;
+            if (chunk * 16 + i < bytes) {
+                wide.words[i / 4] |= u32(packed[chunk * 16 + i]) << i % 4 * 8;
+            }
         }
         return wide;
     }
@@ -213,7 +218,9 @@ __device__ __forceinline__ void sum_aligned(float (&sums)[ROWS][M], const Weight
                     for (u32 e = 0; e < GRANULE; ++e) {
                         const float number = to_float(granule.elements[e]);
 #pragma unroll
-                        for (u32 row = 0; row < ROWS; ++row) parts[row][i] += values[row][e] * number;
+                        for (u32 row = 0; row < ROWS; ++row) {
+                            parts[row][i] += values[row][e] * number;
+                        }
                     }
                 }
             }

@@ -106,7 +106,15 @@ def kernel_geometry(
     double_quant: bool = False,
 ) -> tuple[list[int], int, int] | None: ...
 def product_cut(
-    *, rows: int, tile_rows: int, columns: int, depth: int, processors: int
+    file_name: str,
+    *,
+    rows: int,
+    tile_rows: int,
+    columns: int,
+    depth: int,
+    block_size: int,
+    capability: int,
+    processors: int,
 ) -> tuple[int, int, int]: ...
 def raise_non_finite(index: int, value: float) -> NoReturn: ...
 def raise_scale_overflow() -> NoReturn: ...

@@ -238,6 +238,10 @@ _CROSSOVER = 64
 _ALIGNMENT = 16
 # A row of codes that the tensor-core kernels copy ends on 16 bytes.
 _TENSOR_FEATURES = 32
+# The kernels of `matmul` for fewer than 32 rows take this many columns at a time with one scale, or
+# a block where that is less.
+_FEW_ROWS_FEATURES = 64
+_TENSOR_ROWS_OF_ANY = 32
 
 _Parts: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _Layout: TypeAlias = tuple[str, int, int, int]
@@ -371,13 +375,18 @@ def _tensor_product(
     codebook, block_size, out_features, in_features = layout
     codes, scales = _weight_pointers(*parts, codebook, block_size, out_features * in_features)
     at_once = next(number for number in _TENSOR_ROWS if number >= rows)
+    if kernel == "matmul" and in_features % min(block_size, _FEW_ROWS_FEATURES):
+        at_once = max(at_once, _TENSOR_ROWS_OF_ANY)
     device, double_quant = operand.device, parts[2] is not None
     program = _program(kernel, _ordinal(device), operand.dtype, block_size, codebook, double_quant)
     splits, tiles, partial_count = _core.product_cut(
+        kernel,
         rows=rows,
         tile_rows=at_once,
         columns=output.shape[-1],
         depth=operand.shape[-1],
+        block_size=block_size,
+        capability=_capability(_ordinal(device)),
         processors=program.processors,
     )
     stream, slot = stream_of(device), 0

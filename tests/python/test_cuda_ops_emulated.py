@@ -178,8 +178,8 @@ def launched(monkeypatch):
     ],
 )
 def test_which_kernel_multiplies(rows, dtype, expected, launched):
-    _, packed = weight(40, 544)
-    cuda_ops.linear(numbers(rows, 544, dtype=dtype), None, *packed)
+    _, packed = weight(40, 576)
+    cuda_ops.linear(numbers(rows, 576, dtype=dtype), None, *packed)
     assert launched == [f"fourbit_{expected}"]
     launched.clear()
     cuda_ops.linear_transposed(numbers(rows, 40, dtype=dtype), *packed)
@@ -187,6 +187,18 @@ def test_which_kernel_multiplies(rows, dtype, expected, launched):
     on_tensor_cores = dtype != torch.float32 and at_once
     name = f"matmul_transposed_{at_once}" if on_tensor_cores else "dequantize"
     assert launched == [f"fourbit_{name}"]
+
+
+def test_few_rows_of_odd_widths_take_the_kernel_of_32(launched):
+    """That of 8 takes 64 columns at a time with one scale."""
+    for block_size, expected in ((64, "matmul_32"), (32, "matmul_8")):
+        quantized = fourbit.quantize(numbers(40, 544), block_size=block_size)
+        parts = (quantized.packed, quantized.absmax, quantized.nested_absmax)
+        x = numbers(5, 544, dtype=torch.bfloat16)
+        y = cuda_ops.linear(x, None, *parts, quantized.nested_offset, "nf4", block_size, 40, 544)
+        assert launched.pop() == f"fourbit_{expected}"
+        expected_y = x.double() @ quantized.dequantize(torch.float32).double().T
+        assert torch.allclose(y.double(), expected_y, rtol=2**-6, atol=0.5)
 
 
 def test_cards_before_sm80_have_fewer_kernels(launched, monkeypatch):
