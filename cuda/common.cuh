@@ -413,21 +413,6 @@ __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&fragment)[4], co
 
 #endif
 
-// Waits until at most `pending` of the newest groups of this thread are under way, or fewer.
-__device__ __forceinline__ void copy_async_wait_but(u32 pending) {
-    if (pending >= 4) {
-        copy_async_wait<4>();
-    } else if (pending == 3) {
-        copy_async_wait<3>();
-    } else if (pending == 2) {
-        copy_async_wait<2>();
-    } else if (pending == 1) {
-        copy_async_wait<1>();
-    } else {
-        copy_async_wait<0>();
-    }
-}
-
 // Bytes of shared memory that the launch gave.
 __device__ __forceinline__ u32 dynamic_bytes() {
 #ifdef FOURBIT_EMULATED
@@ -554,10 +539,13 @@ template <class T> struct Output {
 #pragma unroll
         for (u32 tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const u32 row = tile * 8 + i % 2;
-                if (!there[i / 2] || row >= left) continue;
-                target[row * features + i / 2 * 8] = from_float<T>(sums[tile][i] + added[i / 2]);
+            for (u32 side = 0; side < 2; ++side) {
+                const float (&of_tile)[4] = sums[tile];
+                const u32 pair = pack_pair<T>(of_tile[2 * side] + added[side],
+                                              of_tile[2 * side + 1] + added[side]);
+                T* const first = target + tile * 8 * features + side * 8;
+                if (there[side] && tile * 8 < left) *first = T{u16(pair)};
+                if (there[side] && tile * 8 + 1 < left) first[features] = T{u16(pair >> 16)};
             }
         }
     }

@@ -98,6 +98,15 @@ template <class T> __device__ __forceinline__ T at(const u8* shared, u32 place) 
     return *reinterpret_cast<const T*>(shared + place);
 }
 
+// Waits until at most `pending` of the newest groups of copies are under way, or fewer.
+__device__ __forceinline__ void copy_async_wait_but(u32 pending) {
+    if (pending >= 4) return copy_async_wait<4>();
+    if (pending == 3) return copy_async_wait<3>();
+    if (pending == 2) return copy_async_wait<2>();
+    if (pending == 1) return copy_async_wait<1>();
+    copy_async_wait<0>();
+}
+
 // Both values of every byte, the first in the lower half; copy c of byte b is number 32 b + c. A
 // thread has bytes whose second code is `threadIdx.x / 8 % 16`, of that value.
 __device__ __forceinline__ void fill_table(u8* shared, float second) {
