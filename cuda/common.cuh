@@ -177,6 +177,12 @@ __device__ __forceinline__ Wide load_once(const Wide* source) {
     emulator::check_aligned(source, 16);
     return *source;
 }
+// Blocks run one after the other.
+__device__ __forceinline__ u32 count_released(u32* counter) { return (*counter)++; }
+__device__ __forceinline__ Pack<float, 4> load_shared_by_blocks(const Pack<float, 4>* source) {
+    emulator::check_aligned(source, 16);
+    return *source;
+}
 __device__ __forceinline__ void store_wide(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
     *target = value;
@@ -235,6 +241,28 @@ __device__ __forceinline__ Wide load_once(const Wide* source) {
                  : "=r"(value.words[0]), "=r"(value.words[1]), "=r"(value.words[2]),
                    "=r"(value.words[3])
                  : "l"(source));
+    return value;
+}
+
+// Adds 1 for all blocks to see, and gives what was there before: a release of what came before, and
+// an acquire for what follows.
+__device__ __forceinline__ u32 count_released(u32* counter) {
+    u32 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
+    return before;
+}
+
+// Reads what other blocks wrote: from the second-level cache, which all share.
+__device__ __forceinline__ Pack<float, 4> load_shared_by_blocks(const Pack<float, 4>* source) {
+    Pack<float, 4> value;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.elements[0]), "=f"(value.elements[1]), "=f"(value.elements[2]),
+                   "=f"(value.elements[3])
+                 : "l"(source)
+                 : "memory");
     return value;
 }
 
@@ -385,6 +413,17 @@ __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&fragment)[4], co
 
 #endif
 
+// Bytes of shared memory that the launch gave.
+__device__ __forceinline__ u32 dynamic_bytes() {
+#ifdef FOURBIT_EMULATED
+    return emulator::dynamic_bytes;
+#else
+    u32 bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return bytes;
+#endif
+}
+
 // Shared memory whose size the launch gives.
 __device__ __forceinline__ u8* dynamic_shared() {
 #ifdef FOURBIT_EMULATED
@@ -422,8 +461,10 @@ struct Scales {
         return {0, static_cast<const f32*>(absmax)[block]};
     }
 
-    __device__ __forceinline__ float decode(const Fetched& fetched, float offset) const {
-        if (DOUBLE_QUANT) return decode_scale(NESTED_TABLE[fetched.code], fetched.absmax, offset);
+    // `table` is NESTED_TABLE or a copy of it.
+    __device__ __forceinline__ static float decode(const Fetched& fetched, float offset,
+                                                   const float* table = NESTED_TABLE) {
+        if (DOUBLE_QUANT) return decode_scale(table[fetched.code], fetched.absmax, offset);
         return fetched.absmax;
     }
 
@@ -464,79 +505,96 @@ struct RowScales {
 
 // --- sums of a tensor-core product --------------------------------------------------------------
 
-// Where the sums of a product go. A block has 128 features (left operand, 16 a warp) by some rows
-// (right operand, 8 a tile); the grid's third dimension splits the columns that are summed.
+// Where the sums of a product go. A block of 256 threads has 128 features (left operand, 16 a warp)
+// by some rows (right operand, 8 a tile); the grid's third dimension splits the terms that are
+// summed.
 template <class T> struct Output {
     // [features], or null.
     const T* bias;
     // [rows, features].
     T* output;
-    // f32 [splits, rows, features]; not used where splits is 1.
+    // f32 [splits, blocks of a split, tiles of a block, 256, 4]: a thread's sums of a tile are 16
+    // bytes beside those of its neighbours. Not used where splits is 1.
     f32* partial;
-    // u32, one a block of the first split: zero before and after.
+    // u32, one for each block of a split: zero before and after.
     u32* arrived;
     i64 rows;
     i64 features;
     u32 splits;
 
-    // A lane's places in a tile, of those that exist: feature, row, and number of four, as
-    // mma_16x8x16 has them. The block's features begin with `first_feature`, the tile's rows with
-    // `first_row`.
-    template <class Visit>
-    __device__ __forceinline__ void places(i64 first_feature, i64 first_row, Visit visit) const {
-        const u32 lane = threadIdx.x % WARP;
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const i64 feature = first_feature + threadIdx.x / WARP * 16 + lane / 4 + i / 2 * 8;
-            const i64 row = first_row + lane % 4 * 2 + i % 2;
-            if (feature < features && row < rows) visit(feature, row, i);
-        }
-    }
-
-    __device__ __forceinline__ void finish(i64 feature, i64 row, float sum) const {
-        if (bias) sum += to_float(bias[feature]);
-        output[row * features + feature] = from_float<T>(sum);
-    }
-
-    // Writes a block's sums. Those of splits are added in their order by the block that comes last.
+    // Writes a block's sums, a lane's being those of mma_16x8x16. Those of splits are added in
+    // their order by the block that comes last.
     template <u32 TILES>
-    __device__ __forceinline__ void write(const float (&sums)[TILES][4], i64 first_feature,
+    __device__ __forceinline__ void write(float (&sums)[TILES][4], i64 first_feature,
                                           i64 first_row) const {
-        f32* own = splits == 1 ? nullptr : partial + i64(blockIdx.z) * rows * features;
+        if (splits > 1 && !gather(sums, first_row)) return;
+        const u32 lane = threadIdx.x % WARP;
+        const i64 feature = first_feature + threadIdx.x / WARP * 16 + lane / 4;
+        const bool there[2] = {feature < features, feature + 8 < features};
+        float added[2] = {};
+        if (bias && there[0]) added[0] = to_float(bias[feature]);
+        if (bias && there[1]) added[1] = to_float(bias[feature + 8]);
+        T* const target = output + (first_row + lane % 4 * 2) * features + feature;
+        const i64 left = rows - first_row - lane % 4 * 2;
 #pragma unroll
         for (u32 tile = 0; tile < TILES; ++tile) {
-            places(first_feature, first_row + tile * 8, [&](i64 feature, i64 row, u32 i) {
-                if (own) {
-                    own[row * features + feature] = sums[tile][i];
-                } else {
-                    finish(feature, row, sums[tile][i]);
-                }
-            });
-        }
-        if (!own) return;
-        __shared__ u32 before;
-        // Sums before the count, for all to see; and the other way round below.
-        __threadfence();
-        __syncthreads();
-        u32* count = arrived + (u64(blockIdx.y) * gridDim.x + blockIdx.x);
-        if (threadIdx.x == 0) before = atomicAdd(count, 1u);
-        __syncthreads();
-        if (before + 1 < splits) return;
-        __threadfence();
-        if (threadIdx.x == 0) *count = 0;
-        // Rolled up: the sums of this block are not needed any more.
-#pragma unroll 1
-        for (u32 tile = 0; tile < TILES; ++tile) {
-            float totals[4] = {};
-            for (u32 split = 0; split < splits; ++split) {
-                const volatile f32* theirs = partial + i64(split) * rows * features;
-                places(first_feature, first_row + tile * 8, [&](i64 feature, i64 row, u32 i) {
-                    totals[i] += theirs[row * features + feature];
-                });
+#pragma unroll
+            for (u32 side = 0; side < 2; ++side) {
+                const float (&of_tile)[4] = sums[tile];
+                const u32 pair = pack_pair<T>(of_tile[2 * side] + added[side],
+                                              of_tile[2 * side + 1] + added[side]);
+                T* const first = target + tile * 8 * features + side * 8;
+                if (there[side] && tile * 8 < left) *first = T{u16(pair)};
+                if (there[side] && tile * 8 + 1 < left) first[features] = T{u16(pair >> 16)};
             }
-            places(first_feature, first_row + tile * 8, [&](i64 feature, i64 row, u32 i) {
-                finish(feature, row, totals[i]);
-            });
         }
+    }
+
+    // Leaves a block's sums for the one that comes last, which gets all of them.
+    template <u32 TILES>
+    __device__ __forceinline__ bool gather(float (&sums)[TILES][4], i64 first_row) const {
+        using Four = Pack<float, 4>;
+        const u64 block = u64(blockIdx.y) * gridDim.x + blockIdx.x;
+        const u64 pitch = u64(gridDim.y) * gridDim.x * (TILES * 256);
+        Four* const first = reinterpret_cast<Four*>(partial) + block * (TILES * 256) + threadIdx.x;
+        // Tiles of rows that do not exist are left out.
+        const u32 tiles = u32(min(i64(TILES), (rows - first_row + 7) / 8));
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; ++tile) {
+            const Four own{{sums[tile][0], sums[tile][1], sums[tile][2], sums[tile][3]}};
+            if (tile < tiles) first[blockIdx.z * pitch + tile * 256] = own;
+        }
+        // All writes of the block come before the barrier, the barrier before thread 0's count,
+        // which releases; the last block's thread 0 acquires by its own, and its block reads after
+        // the barrier that follows. Release and acquire are cumulative: they order not the thread's
+        // own accesses alone, but all that barriers order before and after them.
+        __shared__ u32 before;
+        __syncthreads();
+        if (threadIdx.x == 0) before = count_released(arrived + block);
+        __syncthreads();
+        if (before + 1 < splits) return false;
+        if (threadIdx.x == 0) arrived[block] = 0;
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) sums[tile][i] = 0.0f;
+        }
+        // A split's reads are under way together, and with few tiles those of several splits.
+#pragma unroll(TILES < 8 ? 8 / TILES : 1)
+        for (u32 split = 0; split < splits; ++split) {
+            Four theirs[TILES];
+#pragma unroll
+            for (u32 tile = 0; tile < TILES; ++tile) {
+                theirs[tile] = Four{};
+                const Four* from = first + split * pitch + tile * 256;
+                if (tile < tiles) theirs[tile] = load_shared_by_blocks(from);
+            }
+#pragma unroll
+            for (u32 tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) sums[tile][i] += theirs[tile].elements[i];
+            }
+        }
+        return true;
     }
 };

@@ -9,21 +9,24 @@
 //   nested_absmax  f32 [ceil(blocks / 256)], null without DOUBLE_QUANT
 //   nested_offset  f32 [1], null without DOUBLE_QUANT
 //   dx             ELEMENT [m, k]
-//   partial        f32 [splits, m, k], workspace of any contents; null where splits is 1
-//   arrived        u32 [tiles of k x tiles of m], zeros; zeros again afterwards; null where splits
-//                  is 1
+//   partial        f32 [splits, tiles of k x tiles of m, rows * 128], workspace of any contents;
+//                  null where splits is 1
+//   arrived        u32 [tiles of k x tiles of m], zeros, and zeros again afterwards; or null, for
+//                  the kernel's own, of which a launch has a slot, with no more tiles than a slot
+//                  has counters
 //   m, n, k        i64; k a multiple of 32. Any m and n; n a multiple of 8 is faster.
 //   splits         u32, the grid's third dimension
+//   slot           u32, of the kernel's own counters: no two launches at a time may have the same
 // The product runs over rows of W, and scales lie along them: one scale belongs to 32 or more
 // results and no single sum, so it is folded in before the multiplication. The decoded weight is
 // rounded to ELEMENT, as `fourbit_dequantize` rounds it. Splits are added in their order by the
 // block that comes last, so the result depends on n, splits and the kernel alone.
 //
 // Launch: block 256; grid (ceil(k / 128), ceil(m / rows), splits); dynamic shared memory
-// 34,816 + 128 * TABLE_COPIES * 16 + 288 * rows bytes, TABLE_COPIES 8 before sm_80 and 16 from
-// there on: 69,888 for 8 rows to 86,016 for 64 (sm_80). rows is 8, 16, 32 or 64; before sm_80
-// f16 alone, and not 64 rows. Good splits fill the card: processors / (tiles of k x tiles of m),
-// and no more than n / 256.
+// 35,840 + 128 * TABLE_COPIES * 16 + 288 * rows bytes, TABLE_COPIES 8 before sm_80 and 16 from
+// there on: 70,912 for 8 rows to 87,040 for 64 (sm_80). rows is 8, 16, 32 or 64; before sm_80
+// f16 alone, and not 64 rows. Splits fill processors x blocks; src/gpu/products.rs has the model by
+// which they are chosen.
 //
 // Floor: 0.5 bytes a weight for codes, 1 / BLOCK_SIZE or 4 / BLOCK_SIZE for scales, read once for
 // each tile of m; 2 m n k operations. Beside it dy is read once for each 128 columns of W.
@@ -35,7 +38,8 @@
 // bytes more than a multiple of 128, and threads of the right half of a row write its pieces in
 // another order: neither these writes nor ldmatrix meet bank conflicts. The decoded tile is W
 // and the left operand its transpose, which ldmatrix.trans gives. Tiles are double: one barrier
-// a stage, and fast warps decode while slow ones multiply.
+// a stage, and fast warps decode while slow ones multiply. Codes and scales of the first two
+// stages are asked for before anything is waited for; the nested codebook stands in shared memory.
 // Counted for bf16, double quantization, n a multiple of 8, on a warp's share of a stage, 32
 // codes a lane (fillers between mma left out); cycles are of a processor's shared memory, the
 // copies' writes with them, where an H100's memory takes 37, an A100's 39 and an RTX 4090's 170:
@@ -74,19 +78,41 @@ constexpr u32 TABLE_COPIES = 16;
 constexpr u32 TABLE_COPIES = 8;
 #endif
 constexpr u32 TABLE_BYTES = 256 * TABLE_COPIES * 8;
+// Both tables; the tiles follow.
+constexpr u32 TABLES_BYTES = TABLE_BYTES + 256 * 4;
 
 static __device__ const float CODEBOOK[16] = CODEBOOK_VALUES;
+
+// Zeros before and after every launch: a slot's are counted by one launch at a time.
+static __device__ u32 COUNTERS[COUNTER_SLOTS][SLOT_COUNTERS];
 
 struct alignas(8) ValuePair {
     float first;
     float second;
 };
 
-// The values of both codes of every byte; the copies of a byte lie together.
-__device__ __forceinline__ void fill_table(ValuePair* table) {
-    for (u32 i = threadIdx.x; i < 256 * TABLE_COPIES; i += THREADS) {
-        const u32 byte = i / TABLE_COPIES;
-        table[i] = {CODEBOOK[byte >> 4], CODEBOOK[byte & 15]};
+// The values of both codes of every byte; the copies of a byte lie together. A thread writes two
+// copies at a time, of bytes that share their second code, `second_of_thread`, of that value.
+constexpr u32 BYTES_AT_ONCE = 2 * THREADS / TABLE_COPIES;
+
+__device__ __forceinline__ u32 second_of_thread() {
+    return threadIdx.x / (TABLE_COPIES / 2) % 16;
+}
+
+__device__ __forceinline__ void fill_table(u8* table, float second) {
+    const float values[16] = CODEBOOK_VALUES;
+    // First codes of the bytes that are written at once, and the thread's.
+    constexpr u32 FIRSTS = BYTES_AT_ONCE / 16;
+    const u32 mine = threadIdx.x / (THREADS / FIRSTS);
+#pragma unroll
+    for (u32 i = 0; i < 16 / FIRSTS; ++i) {
+        float first = values[i * FIRSTS];
+#pragma unroll
+        for (u32 other = 1; other < FIRSTS; ++other) {
+            if (mine == other) first = values[i * FIRSTS + other];
+        }
+        const u32 low = float_to_bits(first), high = float_to_bits(second);
+        reinterpret_cast<Wide*>(table)[i * THREADS + threadIdx.x] = {{low, high, low, high}};
     }
 }
 
@@ -178,13 +204,14 @@ template <u32 M> struct Loader {
 
     // Writes a chunk into a tile of W; zeros for what is not there.
     __device__ __forceinline__ void decode(u8* tile, const Chunk& chunk, const u8* table) const {
+        const float* nested = reinterpret_cast<const float*>(table + TABLE_BYTES);
         u8* target = tile + w_at;
         if (!chunk.there) {
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) *reinterpret_cast<Wide*>(target + i * 16) = Wide{};
             return;
         }
-        const float scale = problem.scales.decode(chunk.scale, offset);
+        const float scale = Scales::decode(chunk.scale, offset, nested);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const u32 word = turn ? chunk.codes.words[(i + 2) % 4] : chunk.codes.words[i];
@@ -246,7 +273,7 @@ template <u32 M>
 __device__ __forceinline__ void matmul_transposed(const Problem& problem,
                                                   const Output<ELEMENT>& output) {
     u8* table = dynamic_shared();
-    u8* w_tiles = table + TABLE_BYTES;
+    u8* w_tiles = table + TABLES_BYTES;
     u8* y_tiles = w_tiles + 2 * W_BYTES;
     const i64 first_column = i64(blockIdx.x) * BLOCK_COLUMNS, first_row = i64(blockIdx.y) * M;
     const u32 steps = u32((problem.n + DEPTH - 1) / DEPTH);
@@ -260,11 +287,14 @@ __device__ __forceinline__ void matmul_transposed(const Problem& problem,
                  (threadIdx.x / WARP * WARP_COLUMNS + matrix % 2 * 8) * 2);
     const u32 y_row = computed(in_matrix * Y_STRIDE + matrix * 16);
 
+    // All that the first stages need is asked for before any of it is waited for.
     Chunk chunk = loader.fetch(begin);
     Chunk next = loader.fetch(begin + 1);
+    const float second = CODEBOOK[second_of_thread()], nested = NESTED_TABLE[threadIdx.x];
     if (begin < end) loader.copy_dy(y_tiles, begin);
     copy_async_commit();
-    fill_table(reinterpret_cast<ValuePair*>(table));
+    fill_table(table, second);
+    reinterpret_cast<float*>(table + TABLE_BYTES)[threadIdx.x] = nested;
     __syncthreads();
 
     float sums[M / 8][4] = {};
@@ -293,9 +323,10 @@ __device__ __forceinline__ void matmul_transposed(const Problem& problem,
     extern "C" __global__ void __launch_bounds__(THREADS, 2) fourbit_matmul_transposed_##rows( \
         const ELEMENT* dy, const u8* packed, const void* absmax, const f32* nested_absmax,     \
         const f32* nested_offset, ELEMENT* dx, f32* partial, u32* arrived, i64 m, i64 n,       \
-        i64 k, u32 splits) {                                                                   \
+        i64 k, u32 splits, u32 slot) {                                                         \
         matmul_transposed<rows>({dy, packed, {absmax, nested_absmax, nested_offset}, m, n, k}, \
-                                {nullptr, dx, partial, arrived, m, k, splits});                \
+                                {nullptr, dx, partial, arrived ? arrived : COUNTERS[slot],     \
+                                 m, k, splits});                                               \
     }
 
 MATMUL_TRANSPOSED(8)

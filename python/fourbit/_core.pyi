@@ -10,12 +10,15 @@ from torch import Tensor
 __version__: str
 DEFAULT_CHUNK_BYTES: int
 DEFAULT_MAX_SHARD_BYTES: int
+COUNTER_SLOTS: int
 OLDEST_CAPABILITY: int
+SLOT_COUNTERS: int
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES",
     "DEFAULT_MAX_SHARD_BYTES",
     "OLDEST_CAPABILITY",
+    "SLOT_COUNTERS",
     "CheckpointError",
     "CheckpointReader",
     "CheckpointWriter",
@@ -41,7 +44,7 @@ __all__ = [
     "kernel_register",
     "kernel_source",
     "load_nvrtc",
-    "product_splits",
+    "product_cut",
     "quantize",
     "quantize_absmax",
     "quantized_layout",
@@ -102,9 +105,17 @@ def kernel_geometry(
     codebook: Codebook | None = None,
     double_quant: bool = False,
 ) -> tuple[list[int], int, int] | None: ...
-def product_splits(
-    *, rows: int, tile_rows: int, columns: int, depth: int, processors: int
-) -> tuple[int, int]: ...
+def product_cut(
+    file_name: str,
+    *,
+    rows: int,
+    tile_rows: int,
+    columns: int,
+    depth: int,
+    block_size: int,
+    capability: int,
+    processors: int,
+) -> tuple[int, int, int]: ...
 def raise_non_finite(index: int, value: float) -> NoReturn: ...
 def raise_scale_overflow() -> NoReturn: ...
 def load_nvrtc(path: str | PathLike[str]) -> tuple[Path, tuple[int, int]]: ...

@@ -9,6 +9,7 @@ look at the result to raise for numbers that are not finite.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from functools import cache
 from typing import TypeAlias
@@ -55,12 +56,14 @@ def _ordinal(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the stream that `stream_of` gives captures, be the device the current one or not."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
-def _check_not_capturing(what: str) -> None:
-    if _is_capturing():
+def _check_not_capturing(what: str, device: torch.device) -> None:
+    if _is_capturing(device):
         raise RuntimeError(
             f"{what} looks at its result to find numbers that are not finite, which a CUDA graph "
             "cannot; call it before the capture"
@@ -91,7 +94,7 @@ def quantize(input: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Ten
     absmax = input.new_empty(blocks, dtype=torch.float32)
     if count == 0:
         return packed, absmax
-    _check_not_capturing("quantize")
+    _check_not_capturing("quantize", input.device)
     source = input.detach().contiguous()
     # Above every index.
     first_bad = torch.full((1,), -1, dtype=torch.int64, device=input.device)
@@ -186,7 +189,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nested = absmax.new_empty(block_count(count, NESTED_BLOCK_SIZE))
     offset = absmax.new_zeros(1)
     if count > 0:
-        _check_not_capturing("quantize_absmax")
+        _check_not_capturing("quantize_absmax", device)
         source = absmax.contiguous()
         sums = absmax.new_empty(block_count(count, _CHUNK), dtype=torch.float64)
         # The first scale that is not finite, and the first that 8 bits round to infinity.
@@ -235,6 +238,10 @@ _CROSSOVER = 64
 _ALIGNMENT = 16
 # A row of codes that the tensor-core kernels copy ends on 16 bytes.
 _TENSOR_FEATURES = 32
+# The kernels of `matmul` for fewer than 32 rows take this many columns at a time with one scale, or
+# a block where that is less.
+_FEW_ROWS_FEATURES = 64
+_TENSOR_ROWS_OF_ANY = 32
 
 _Parts: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _Layout: TypeAlias = tuple[str, int, int, int]
@@ -368,42 +375,56 @@ def _tensor_product(
     codebook, block_size, out_features, in_features = layout
     codes, scales = _weight_pointers(*parts, codebook, block_size, out_features * in_features)
     at_once = next(number for number in _TENSOR_ROWS if number >= rows)
+    if kernel == "matmul" and in_features % min(block_size, _FEW_ROWS_FEATURES):
+        at_once = max(at_once, _TENSOR_ROWS_OF_ANY)
     device, double_quant = operand.device, parts[2] is not None
     program = _program(kernel, _ordinal(device), operand.dtype, block_size, codebook, double_quant)
-    tiles, splits = _core.product_splits(
+    splits, tiles, partial_count = _core.product_cut(
+        kernel,
         rows=rows,
         tile_rows=at_once,
         columns=output.shape[-1],
         depth=operand.shape[-1],
+        block_size=block_size,
+        capability=_capability(_ordinal(device)),
         processors=program.processors,
     )
-    stream = stream_of(device)
+    stream, slot = stream_of(device), 0
     partial = arrived = None
     if splits > 1:
-        partial = torch.empty(splits * output.numel(), dtype=torch.float32, device=device)
-        arrived = _arrival_counters(device, stream, tiles)
+        partial = torch.empty(partial_count, dtype=torch.float32, device=device)
+        kept = _counter_slot(device, stream, tiles)
+        if kept is None:
+            arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+        else:
+            slot = kept
     tensors = (operand, codes, *scales, *bias, output, partial, arrived)
     program.launch(
         f"fourbit_{kernel}_{at_once}",
         stream,
-        (*_pointers(tensors), rows, out_features, in_features, splits),
+        (*_pointers(tensors), rows, out_features, in_features, splits, slot),
     )
 
 
-# Zeros by device and stream: kernels leave them as they found them, and those of a stream follow
-# each other.
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-_MOST_TILES = 1024
+# The handle of the stream that is another one in each thread.
+_PER_THREAD_STREAM = 2
+# The slot of each stream, by device.
+_slots: dict[int, dict[int, int]] = {}
+_slots_lock = threading.Lock()
 
 
-def _arrival_counters(device: torch.device, stream: int, tiles: int) -> Tensor:
-    """Zeros in which the blocks of a product count those that are done, uint32 [tiles] and more."""
-    if tiles > _MOST_TILES or _is_capturing():
-        # A graph may be replayed on any stream, and has its own, which it zeroes itself.
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    kept = _counters.get((device, stream))
-    if kept is None:
-        with torch.inference_mode(mode=False):  # the process may leave that mode
-            kept = torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
-        _counters[device, stream] = kept
-    return kept
+def _counter_slot(device: torch.device, stream: int, tiles: int) -> int | None:
+    """The row of a program's own counters for a launch; None where it must bring its own.
+
+    The launches of a stream have a row to themselves: they follow each other, and each leaves
+    zeros. The counters are memory of the program, not a tensor that is kept: torch would take that
+    from the pool that is in use at the time, which may be a CUDA graph's.
+    """
+    if tiles > _core.SLOT_COUNTERS or stream == _PER_THREAD_STREAM or _is_capturing(device):
+        # A graph may be replayed on any stream, and zeroes its own counters.
+        return None
+    with _slots_lock:
+        taken = _slots.setdefault(_ordinal(device), {})
+        if stream not in taken and len(taken) < _core.COUNTER_SLOTS:
+            taken[stream] = len(taken)
+        return taken.get(stream)

@@ -3,12 +3,13 @@
 //! the files.
 
 use super::kernel::{Arguments, Card, File, Geometry, GeometryOf, Kernel, Kind, OLDEST, Parameter};
+use super::products::{MATMUL, MATMUL_TRANSPOSED};
 use super::source::Specialisation;
 use super::{ArgumentProblem, GpuProblem};
 use crate::element::Dtype;
 
 /// Blocks of a grid's dimensions (CUDA Programming Guide, "Compute Capabilities").
-const MOST_BLOCKS: [u32; 3] = [(1 << 31) - 1, 65_535, 65_535];
+pub(super) const MOST_BLOCKS: [u32; 3] = [(1 << 31) - 1, 65_535, 65_535];
 
 /// The files, in the order in which data flows through them.
 pub static FILES: &[File] = &[
@@ -43,6 +44,8 @@ macro_rules! parameters {
     };
 }
 
+pub(super) use parameters;
+
 /// All dtypes, on all cards.
 const ALL_DTYPES: &[(Dtype, u32)] = &[
     (Dtype::F32, OLDEST),
@@ -69,7 +72,7 @@ fn looping(blocks: u64, block: u32, per_processor: u32, card: &Card) -> Option<G
 ///
 /// # Errors
 /// [`ArgumentProblem::Grid`] for more than a launch can have.
-fn grid(
+pub(super) fn grid(
     blocks: [u64; 3],
     block: u32,
     dynamic_bytes: u32,
@@ -259,155 +262,6 @@ fn matvec_geometry(arguments: &Arguments, rows: u64) -> Result<Option<Geometry>,
         ],
         256,
         64 << 10,
-    )
-}
-
-/// The first architecture with asynchronous copies, more than 64 KiB of shared memory, and tensor
-/// cores for bf16.
-const AMPERE: u32 = 80;
-
-/// Those that tensor cores take.
-const TENSOR_DTYPES: &[(Dtype, u32)] = &[(Dtype::F16, OLDEST), (Dtype::Bf16, AMPERE)];
-
-/// Columns of the result that a block of the tensor-core products has.
-const TENSOR_COLUMNS: u64 = 128;
-
-/// Into how many parts a tensor-core product's sum of `depth` terms is best cut, where the result
-/// has so many tiles, to fill a card of so many multiprocessors: no part has fewer than 256 terms.
-#[must_use]
-pub fn splits(rows: u64, tile_rows: u64, columns: u64, depth: u64, processors: u32) -> (u64, u32) {
-    let tiles = rows
-        .div_ceil(tile_rows.max(1))
-        .saturating_mul(columns.div_ceil(TENSOR_COLUMNS));
-    let to_fill = u64::from(processors) / tiles.max(1);
-    let splits = to_fill.min(depth / 256).clamp(1, MOST_BLOCKS[1].into());
-    (tiles, u32::try_from(splits).unwrap_or(1))
-}
-
-const MATMUL: File = File {
-    name: "matmul",
-    text: include_str!("../../cuda/matmul.cu"),
-    exact: false,
-    dtypes: TENSOR_DTYPES,
-    code_bits: &[4],
-    kernels: &[
-        matmul("fourbit_matmul_8", OLDEST, |a, _, card| {
-            matmul_geometry(a, card, 8)
-        }),
-        matmul("fourbit_matmul_16", OLDEST, |a, _, card| {
-            matmul_geometry(a, card, 16)
-        }),
-        matmul("fourbit_matmul_32", OLDEST, |a, _, card| {
-            matmul_geometry(a, card, 32)
-        }),
-        matmul("fourbit_matmul_64", AMPERE, |a, _, card| {
-            matmul_geometry(a, card, 64)
-        }),
-    ],
-};
-
-const fn matmul(name: &'static str, oldest: u32, geometry: GeometryOf) -> Kernel {
-    Kernel {
-        name,
-        oldest,
-        parameters: parameters![
-            x: Pointer,
-            packed: Pointer,
-            absmax: Pointer,
-            nested_absmax: OptionalPointer,
-            nested_offset: OptionalPointer,
-            bias: OptionalPointer,
-            y: Pointer,
-            partial: OptionalPointer,
-            arrived: OptionalPointer,
-            m: Count,
-            n: Count,
-            k: Count,
-            splits: U32,
-        ],
-        geometry,
-    }
-}
-
-/// A table of pairs of values, and stages of codes, scales and rows of `x`.
-fn matmul_geometry(
-    arguments: &Arguments,
-    card: &Card,
-    rows: u32,
-) -> Result<Option<Geometry>, ArgumentProblem> {
-    let stages = if card.capability < AMPERE { 2 } else { 3 };
-    let columns = arguments.get("n").div_ceil(TENSOR_COLUMNS);
-    let dynamic_bytes = 32_768 + stages * (7_168 + 192 * rows);
-    tensor_geometry(arguments, columns, rows, dynamic_bytes)
-}
-
-const MATMUL_TRANSPOSED: File = File {
-    name: "matmul_transposed",
-    text: include_str!("../../cuda/matmul_transposed.cu"),
-    exact: false,
-    dtypes: TENSOR_DTYPES,
-    code_bits: &[4],
-    kernels: &[
-        matmul_transposed("fourbit_matmul_transposed_8", OLDEST, |a, _, card| {
-            transposed_geometry(a, card, 8)
-        }),
-        matmul_transposed("fourbit_matmul_transposed_16", OLDEST, |a, _, card| {
-            transposed_geometry(a, card, 16)
-        }),
-        matmul_transposed("fourbit_matmul_transposed_32", OLDEST, |a, _, card| {
-            transposed_geometry(a, card, 32)
-        }),
-        matmul_transposed("fourbit_matmul_transposed_64", AMPERE, |a, _, card| {
-            transposed_geometry(a, card, 64)
-        }),
-    ],
-};
-
-const fn matmul_transposed(name: &'static str, oldest: u32, geometry: GeometryOf) -> Kernel {
-    Kernel {
-        name,
-        oldest,
-        parameters: parameters![
-            dy: Pointer,
-            packed: Pointer,
-            absmax: Pointer,
-            nested_absmax: OptionalPointer,
-            nested_offset: OptionalPointer,
-            dx: Pointer,
-            partial: OptionalPointer,
-            arrived: OptionalPointer,
-            m: Count,
-            n: Count,
-            k: Count,
-            splits: U32,
-        ],
-        geometry,
-    }
-}
-
-/// Two decoded tiles, copies of a table of pairs of values, and two tiles of `dy`.
-fn transposed_geometry(
-    arguments: &Arguments,
-    card: &Card,
-    rows: u32,
-) -> Result<Option<Geometry>, ArgumentProblem> {
-    let copies = if card.capability < AMPERE { 8 } else { 16 };
-    let columns = arguments.get("k").div_ceil(TENSOR_COLUMNS);
-    let dynamic_bytes = 34_816 + 128 * copies * 16 + 288 * rows;
-    tensor_geometry(arguments, columns, rows, dynamic_bytes)
-}
-
-fn tensor_geometry(
-    arguments: &Arguments,
-    columns: u64,
-    rows: u32,
-    dynamic_bytes: u32,
-) -> Result<Option<Geometry>, ArgumentProblem> {
-    let tiles = arguments.get("m").div_ceil(u64::from(rows));
-    grid(
-        [columns, tiles, arguments.get("splits")],
-        256,
-        dynamic_bytes,
     )
 }
 

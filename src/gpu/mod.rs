@@ -7,13 +7,14 @@
 //! | [`adamw`] | what the optimizer's kernel is told of the parameters |
 //! | [`kernel`] | what is known of a kernel, and arguments checked against it |
 //! | [`kernels`] | the register: each kernel's file, parameters, options and launch geometry |
+//! | [`products`] | the part of it that is products on tensor cores, and how their sums are cut |
 //! | `library` | shared libraries, opened when they are first needed |
 //! | [`nvrtc`] | NVIDIA's run-time compiler |
 //! | [`cache`] | compiled kernels on disk |
 //! | [`driver`] | the few functions of the CUDA driver that launching takes |
 //! | [`launch`] | compiled kernels, loaded into torch's context and launched |
 //!
-//! The first four are there in every build; the others need the feature `cuda`, which links
+//! The first five are there in every build; the others need the feature `cuda`, which links
 //! nothing: the driver and the compiler are opened at run time, and where they are missing, that
 //! is an error of the call that needs them.
 
@@ -30,6 +31,7 @@ pub mod launch;
 mod library;
 #[cfg(feature = "cuda")]
 pub mod nvrtc;
+pub mod products;
 pub mod source;
 
 /// What can go wrong with kernels and cards.

@@ -16,6 +16,7 @@
 //! | `CODEBOOK_RANKS` | how many distinct values there are, one more than midpoints |
 //! | `NESTED_VALUES`, `NESTED_MIDPOINTS` | the signed dynamic map; codes are ranks |
 //! | `UNSIGNED_VALUES`, `UNSIGNED_MIDPOINTS` | the unsigned dynamic map; codes are ranks |
+//! | `COUNTER_SLOTS`, `SLOT_COUNTERS` | [`super::products::COUNTER_SLOTS`] |
 //!
 //! Lists stand in braces, floats as hexadecimal literals, which are exact.
 
@@ -23,6 +24,7 @@ use std::fmt::Write;
 
 use super::GpuProblem;
 use super::kernel::File;
+use super::products::{COUNTER_SLOTS, SLOT_COUNTERS};
 use crate::codebook::Ties;
 use crate::element::Dtype;
 use crate::{BlockSize, Codebook};
@@ -100,6 +102,8 @@ impl Specialisation {
             ("NESTED_MIDPOINTS", list(signed.midpoints())),
             ("UNSIGNED_VALUES", list(unsigned.values())),
             ("UNSIGNED_MIDPOINTS", list(unsigned.midpoints())),
+            ("COUNTER_SLOTS", COUNTER_SLOTS.to_string()),
+            ("SLOT_COUNTERS", SLOT_COUNTERS.to_string()),
         ];
         let mut text = String::new();
         for (name, value) in definitions {

@@ -1,6 +1,6 @@
 //! The register of CUDA kernels for Python: what every build has.
 
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
 
@@ -9,6 +9,7 @@ use super::quantize::Codebook;
 use crate::element::Dtype;
 use crate::gpu::kernel::{Card, File, Value};
 use crate::gpu::kernels::{self, FILES};
+use crate::gpu::products::{self, Product, Shape};
 use crate::gpu::source::{Specialisation, translation_unit};
 use crate::{BlockSize, Error, codebook};
 
@@ -86,17 +87,44 @@ pub(super) fn kernel_geometry(
     Ok(geometry.map(|geometry| (geometry.grid, geometry.block, geometry.dynamic_bytes)))
 }
 
-/// The tiles of a tensor-core product's result, and into how many parts its sums are best cut.
+/// How the sums of a tensor-core product, "matmul" or "matmul_transposed", are best cut: parts,
+/// tiles of the result (counters that are needed), and float32 numbers of workspace.
 #[pyfunction]
-#[pyo3(signature = (*, rows, tile_rows, columns, depth, processors))]
-pub(super) fn product_splits(
+#[pyo3(signature = (
+    file_name, *, rows, tile_rows, columns, depth, block_size, capability, processors
+))]
+#[allow(clippy::too_many_arguments)] // named by the caller
+pub(super) fn product_cut(
+    file_name: &str,
     rows: u64,
-    tile_rows: u64,
+    tile_rows: u32,
     columns: u64,
     depth: u64,
+    block_size: u64,
+    capability: u32,
     processors: u32,
-) -> (u64, u32) {
-    kernels::splits(rows, tile_rows, columns, depth, processors)
+) -> PyResult<(u32, u64, u64)> {
+    let product = match file(file_name)?.name {
+        "matmul" => Product::Matmul,
+        "matmul_transposed" => Product::Transposed,
+        other => {
+            let message = format!("the sums of {other:?} are not cut");
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    let shape = Shape {
+        rows,
+        tile_rows,
+        columns,
+        depth,
+    };
+    let card = Card {
+        capability,
+        processors,
+    };
+    let block_size = BlockSize::new(block_size).map_err(|error| to_python(&error))?;
+    let cut = products::cut(product, &shape, block_size, &card);
+    Ok((cut.splits, cut.tiles, cut.partial))
 }
 
 /// Raises the error of a tensor whose element of that index is not finite.

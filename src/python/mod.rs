@@ -35,7 +35,7 @@ mod _core {
     use super::errors::{CheckpointError, CudaError, NonFiniteError};
     #[pymodule_export]
     use super::gpu::{
-        kernel_geometry, kernel_register, kernel_source, product_splits, raise_non_finite,
+        kernel_geometry, kernel_register, kernel_source, product_cut, raise_non_finite,
         raise_scale_overflow,
     };
     #[pymodule_export]
@@ -52,6 +52,8 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("OLDEST_CAPABILITY", crate::gpu::kernel::OLDEST)?;
+        module.add("COUNTER_SLOTS", crate::gpu::products::COUNTER_SLOTS)?;
+        module.add("SLOT_COUNTERS", crate::gpu::products::SLOT_COUNTERS)?;
         module.add("DEFAULT_MAX_SHARD_BYTES", DEFAULT_MAX_SHARD_BYTES)?;
         module.add("DEFAULT_CHUNK_BYTES", DEFAULT_CHUNK_BYTES)
     }

@@ -27,7 +27,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fourbit import reference
+from fourbit import _core, reference
 from fourbit.codebook import Codebook, by_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +114,8 @@ def definitions(specialisation: Specialisation) -> dict[str, str]:
         "NESTED_MIDPOINTS": _floats(_midpoints(nested)),
         "UNSIGNED_VALUES": _floats(unsigned),
         "UNSIGNED_MIDPOINTS": _floats(_midpoints(unsigned)),
+        "COUNTER_SLOTS": str(_core.COUNTER_SLOTS),
+        "SLOT_COUNTERS": str(_core.SLOT_COUNTERS),
     }
 
 

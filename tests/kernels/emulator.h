@@ -6,7 +6,8 @@
 // in every order, one that lacks a barrier does not. Blocks run one after the other.
 //
 // What it is stricter about than a card:
-// - shared memory is filled with 0xcd bytes (as floats, about -4e8) before every block;
+// - shared memory is filled with 0xcd bytes (as floats, about -4e8) before every block, and a write
+//   beyond what the launch gives is an error;
 // - a background copy (cp.async) arrives, as the test says, either at once or only when waited for;
 // - warp operations need all lanes of the warp that have not ended;
 // - a block whose threads wait for each other for ever is an error, and so is a misaligned access
@@ -114,6 +115,7 @@ inline bool failing = false;
 inline void (*body)(void*) = nullptr;
 inline void* body_argument = nullptr;
 alignas(128) inline unsigned char dynamic_memory[MOST_DYNAMIC_BYTES];
+inline unsigned dynamic_bytes = 0;
 
 inline void leave() { swapcontext(&current->context, &scheduler); }
 
@@ -336,10 +338,10 @@ inline bool waiting(const Fiber& fiber) {
     return fiber.awaited && *fiber.awaited == fiber.generation;
 }
 
-inline void run_block(unsigned dynamic_bytes) {
+inline void run_block() {
     std::memset(__start_fourbit_shared, POISON,
                 std::size_t(__stop_fourbit_shared - __start_fourbit_shared));
-    std::memset(dynamic_memory, POISON, dynamic_bytes);
+    std::memset(dynamic_memory, POISON, MOST_DYNAMIC_BYTES);
     barrier = Meeting{};
     for (Warp& w : warps) w.meeting = Meeting{};
     for (unsigned i = 0; i < threads; ++i) {
@@ -387,6 +389,13 @@ inline void run_block(unsigned dynamic_bytes) {
             return;
         }
     }
+    // Whether each byte behind what the launch gives is still as the one before it, and the first.
+    const auto* behind = dynamic_memory + dynamic_bytes;
+    const std::size_t left = MOST_DYNAMIC_BYTES - dynamic_bytes;
+    if (left && (*behind != POISON || std::memcmp(behind, behind + 1, left - 1) != 0)) {
+        failing = true;
+        failure = "a write beyond the shared memory of the launch";
+    }
     for (unsigned i = 0; i < threads && !failing; ++i) {
         if (fibers[i].open.empty() && fibers[i].committed.empty()) continue;
         failing = true;
@@ -402,7 +411,7 @@ inline void call(void (*kernel)(Parameters...), void** arguments, std::index_seq
 
 template <class... Parameters>
 inline std::string launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block,
-                          unsigned dynamic_bytes, void** arguments, Options chosen) {
+                          unsigned shared_bytes, void** arguments, Options chosen) {
     struct Call {
         void (*kernel)(Parameters...);
         void** arguments;
@@ -419,14 +428,15 @@ inline std::string launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block,
     blockDim = block;
     threads = block.x * block.y * block.z;
     if (threads == 0 || threads > MOST_THREADS) return "a block of 1 to 1024 threads is possible";
-    if (dynamic_bytes > MOST_DYNAMIC_BYTES) return "so much shared memory is on no card";
+    if (shared_bytes > MOST_DYNAMIC_BYTES) return "so much shared memory is on no card";
+    dynamic_bytes = shared_bytes;
     if (fibers.size() < threads) fibers.resize(threads);
     warps.resize((threads + LANES - 1) / LANES);
     for (unsigned z = 0; z < grid.z && !failing; ++z) {
         for (unsigned y = 0; y < grid.y && !failing; ++y) {
             for (unsigned x = 0; x < grid.x && !failing; ++x) {
                 blockIdx = {x, y, z};
-                run_block(dynamic_bytes);
+                run_block();
             }
         }
     }

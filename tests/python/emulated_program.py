@@ -32,7 +32,6 @@ class EmulatedProgram:
         (self.kernels,) = emulate.load(kernel, [specialisation])
 
     def launch(self, kernel, stream, arguments):
-        assert stream == 0
         geometry = _core.kernel_geometry(
             self.file,
             kernel,
@@ -53,5 +52,6 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_ops, "_program", EmulatedProgram)
     monkeypatch.setattr(cuda_ops, "stream_of", lambda device: 0)
     monkeypatch.setattr(cuda_ops, "_ordinal", lambda device: 0)
+    monkeypatch.setattr(cuda_ops, "_slots", {})
     monkeypatch.setattr(cuda_ops, "_capability", lambda device: CAPABILITY)
-    monkeypatch.setattr(cuda_ops, "_is_capturing", lambda: False)
+    monkeypatch.setattr(cuda_ops, "_is_capturing", lambda device: False)

@@ -10,7 +10,7 @@ import emulate
 import emulated_program
 import fourbit
 from emulated_program import EmulatedProgram
-from fourbit import cuda_ops, ops
+from fourbit import _core, cuda_ops, ops
 from fourbit.codebook import Codebook
 from tensors import product_bound
 
@@ -175,8 +175,8 @@ def launched(monkeypatch):
     ],
 )
 def test_which_kernel_multiplies(rows, dtype, expected, launched):
-    _, packed = weight(40, 544)
-    cuda_ops.linear(numbers(rows, 544, dtype=dtype), None, *packed)
+    _, packed = weight(40, 576)
+    cuda_ops.linear(numbers(rows, 576, dtype=dtype), None, *packed)
     assert launched == [f"fourbit_{expected}"]
     launched.clear()
     cuda_ops.linear_transposed(numbers(rows, 40, dtype=dtype), *packed)
@@ -184,6 +184,18 @@ def test_which_kernel_multiplies(rows, dtype, expected, launched):
     on_tensor_cores = dtype != torch.float32 and at_once
     name = f"matmul_transposed_{at_once}" if on_tensor_cores else "dequantize"
     assert launched == [f"fourbit_{name}"]
+
+
+def test_few_rows_of_odd_widths_take_the_kernel_of_32(launched):
+    """That of 8 takes 64 columns at a time with one scale."""
+    for block_size, expected in ((64, "matmul_32"), (32, "matmul_8")):
+        quantized = fourbit.quantize(numbers(40, 544), block_size=block_size)
+        parts = (quantized.packed, quantized.absmax, quantized.nested_absmax)
+        x = numbers(5, 544, dtype=torch.bfloat16)
+        y = cuda_ops.linear(x, None, *parts, quantized.nested_offset, "nf4", block_size, 40, 544)
+        assert launched.pop() == f"fourbit_{expected}"
+        expected_y = x.double() @ quantized.dequantize(torch.float32).double().T
+        assert torch.allclose(y.double(), expected_y, rtol=2**-6, atol=0.5)
 
 
 def test_cards_before_sm80_have_fewer_kernels(launched, monkeypatch):
@@ -213,7 +225,7 @@ def test_few_rows_are_multiplied_from_packed_codes(rows, launched):
 
 
 def test_what_a_graph_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(cuda_ops, "_is_capturing", lambda: True)
+    monkeypatch.setattr(cuda_ops, "_is_capturing", lambda device: True)
     for name, call in (
         ("quantize", lambda: cuda_ops.quantize(numbers(64), "nf4", 64)),
         ("quantize_absmax", lambda: cuda_ops.quantize_absmax(numbers(64).abs())),
@@ -222,29 +234,68 @@ def test_what_a_graph_cannot_hold_is_refused(monkeypatch):
             call()
 
 
-@pytest.mark.parametrize("capturing", [False, True])
-def test_sums_that_are_cut_meet_counters_of_zero(capturing, monkeypatch):
-    """They are shared by the products of a stream, and a graph has its own."""
-    monkeypatch.setattr(cuda_ops, "_is_capturing", lambda: capturing)
+@pytest.fixture
+def counted(monkeypatch):
+    """Of each product that is launched: the address of counters it was given, and its slot."""
+    register = _core.kernel_register()
+    of_kernel = {name: names for _, _, _, kernels in register for name, _, names in kernels}
     seen = []
     launch = EmulatedProgram.launch
 
     def watched(self, kernel, stream, arguments):
-        seen.append(arguments[8])
+        given = dict(zip(of_kernel[kernel], arguments, strict=True))
+        assert given["splits"] > 1
+        seen.append((given["arrived"], given["slot"]))
         launch(self, kernel, stream, arguments)
 
     monkeypatch.setattr(EmulatedProgram, "launch", watched)
+    return seen
+
+
+def products():
+    """Of a weight whose sums are cut."""
     _, packed = weight(40, 544)
     x = numbers(16, 544, dtype=torch.bfloat16)
-    outputs = [cuda_ops.linear(x, None, *packed) for _ in range(3)]
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
-    assert all(seen)
-    kept = cuda_ops._counters.get((torch.device("cpu"), 0))
-    assert kept is None or not kept.any()
-    if capturing:
-        assert kept is None or kept.data_ptr() not in seen
+    return [cuda_ops.linear(x, None, *packed), cuda_ops.linear(2 * x, None, *packed)]
+
+
+def test_sums_that_are_cut_are_counted_in_a_slot_of_their_stream(counted, monkeypatch):
+    slots = _core.COUNTER_SLOTS
+    expected = products()
+    assert counted == [(0, 0)] * 2
+    for stream in (*range(100, 100 + slots), 0, 100):
+        monkeypatch.setattr(cuda_ops, "stream_of", lambda device, stream=stream: stream)
+        assert all(map(torch.equal, products(), expected))
+    found = [(arrived != 0, slot) for arrived, slot in counted[2:]]
+    # Stream 0 had the first slot, so for the last of the others none was left.
+    by_stream = [(False, slot) for slot in range(1, slots)] + [(True, 0), (False, 0), (False, 1)]
+    assert found == [pair for pair in by_stream for _ in range(2)]
+
+
+def test_devices_have_slots_of_their_own(monkeypatch):
+    monkeypatch.setattr(cuda_ops, "_ordinal", lambda device: device.index)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    found = [
+        cuda_ops._counter_slot(device, stream, 1)
+        for device, stream in ((first, 5), (second, 6), (first, 6), (second, 5), (second, 6))
+    ]
+    assert found == [0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("why", ["capturing", "stream", "tiles"])
+def test_counters_are_a_tensor_of_zeros_where_no_slot_is_safe(why, counted, monkeypatch):
+    """A graph may be replayed on any stream; handle 2 is another stream in each thread."""
+    expected = products()
+    counted.clear()
+    if why == "capturing":
+        monkeypatch.setattr(cuda_ops, "_is_capturing", lambda device: True)
+    elif why == "stream":
+        monkeypatch.setattr(cuda_ops, "stream_of", lambda device: 2)
     else:
-        assert set(seen) == {kept.data_ptr()}
+        monkeypatch.setattr(cuda_ops._core, "SLOT_COUNTERS", 0)
+    assert all(map(torch.equal, products(), expected))
+    assert len(counted) == 2
+    assert all(arrived for arrived, _ in counted)
 
 
 def test_parts_of_the_wrong_size_dtype_or_place_are_named():

@@ -2,6 +2,7 @@
 
 import ctypes
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -159,20 +160,45 @@ def test_products_without_columns_are_the_bias(generator):
     assert torch.equal(matvec(torch.empty(2, 0), weight, rows=2, bias=bias), bias.expand(2, 5))
 
 
-def matmul(x, weight, *, rows, splits=1, bias=None, order=0, eager_copies=False, capability=None):
+def launch(weight, kernel, capability, *arguments, dtype, **options):
+    """With the geometry of the register, for a card of that capability."""
+    file, name = kernel.rpartition("_")[0], f"fourbit_{kernel}"
+    grid, block, dynamic_bytes = _core.kernel_geometry(
+        file,
+        name,
+        [
+            argument.pointer
+            if isinstance(argument, Buffer)
+            else getattr(argument, "value", argument)
+            for argument in (argument or 0 for argument in arguments)
+        ],
+        capability=capability or 80,
+        processors=108,
+        dtype=str(dtype).removeprefix("torch."),
+        block_size=weight.block_size,
+        double_quant=weight.double_quant,
+    )
+    kernels = weight.kernels(file, dtype, capability)
+    shape = {"grid": tuple(grid), "block": block, "dynamic_bytes": dynamic_bytes}
+    kernels.launch(name, *arguments, **shape, **options)
+
+
+def matmul(
+    x, weight, *, rows, splits=1, slot=None, bias=None, order=0, eager_copies=False, capability=None
+):
     m, n = x.shape[0], weight.n
     tiles = (-(-n // 128), -(-m // rows))
     y = Buffer.empty(m * n, x.dtype)
-    partial = Buffer.empty(splits * m * n, torch.float32)
+    partial = Buffer.empty(splits * tiles[0] * tiles[1] * rows * 128, torch.float32)
     arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
-    stages = 2 if capability == 75 else 3
-    weight.kernels("matmul", x.dtype, capability).launch(
-        f"fourbit_matmul_{rows}",
+    launch(
+        weight,
+        f"matmul_{rows}",
+        capability,
         *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
-        *((partial, arrived) if splits > 1 else (None, None)),
-        *(m, n, weight.k, ctypes.c_uint32(splits)),
-        grid=(*tiles, splits),
-        dynamic_bytes=32768 + stages * (7168 + 192 * rows),
+        *((partial, arrived if slot is None else None) if splits > 1 else (None, None)),
+        *(m, n, weight.k, ctypes.c_uint32(splits), ctypes.c_uint32(slot or 0)),
+        dtype=x.dtype,
         order=order,
         eager_copies=eager_copies,
     )
@@ -185,13 +211,14 @@ def matmul(x, weight, *, rows, splits=1, bias=None, order=0, eager_copies=False,
 @pytest.mark.parametrize(
     ("m", "rows", "n", "k", "splits"),
     [
-        (1, 8, 1, 32, 1),
-        (7, 8, 33, 96, 1),
-        (9, 16, 130, 64, 2),
+        (1, 8, 1, 64, 1),  # half of the warps have no columns
+        (7, 8, 33, 192, 1),
+        (9, 16, 130, 128, 2),
         (17, 32, 17, 224, 3),
         (33, 64, 5, 160, 1),
         (70, 64, 129, 32, 1),
-        (19, 8, 40, 288, 7),  # three tiles of x, and splits with nothing to do
+        (19, 8, 40, 576, 7),  # three tiles of x, and splits with nothing to do
+        (8, 16, 129, 1984, 1),
     ],
 )
 def test_matmul_of_odd_shapes(m, rows, n, k, splits, double_quant, dtype, generator):
@@ -202,8 +229,8 @@ def test_matmul_of_odd_shapes(m, rows, n, k, splits, double_quant, dtype, genera
 
 
 def test_matmul_is_the_same_in_every_order(generator):
-    weight = Weight(20, 480, generator, double_quant=True)
-    x = numbers(11, 480, dtype=torch.bfloat16, generator=generator)
+    weight = Weight(20, 960, generator, double_quant=True)
+    x = numbers(11, 960, dtype=torch.bfloat16, generator=generator)
     results = [
         matmul(x, weight, rows=16, splits=2, order=order, eager_copies=eager)
         for order in (0, 1, 2, 3, 6)
@@ -216,26 +243,43 @@ def test_matmul_is_the_same_in_every_order(generator):
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("block_size", [32, 128, 4096])
 def test_matmul_of_every_block_size(block_size, codebook, generator):
+    """Of which some span rows."""
     options = {"block_size": block_size, "codebook": codebook}
-    weight = Weight(21, 416, generator, double_quant=True, **options)
-    x = numbers(3, 416, dtype=torch.bfloat16, generator=generator)
-    assert_close(matmul(x, weight, rows=8), x, weight.exact, weight_is_rounded=True)
+    for rows, k in [(8, 416 if block_size == 32 else 448), (32, 416)]:
+        weight = Weight(21, k, generator, double_quant=True, **options)
+        x = numbers(3, k, dtype=torch.bfloat16, generator=generator)
+        assert_close(matmul(x, weight, rows=rows), x, weight.exact, weight_is_rounded=True)
 
 
-def matmul_transposed(dy, weight, *, rows, splits=1, order=0, eager_copies=False, capability=None):
+@pytest.mark.parametrize(
+    ("capability", "rows"), [*product((75,), (8, 16, 32)), *product((80, 86, 90), (8, 16, 32, 64))]
+)
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_matmul_with_the_stages_of_every_architecture(rows, block_size, capability, generator):
+    """As many as shared memory has room for, and not a byte more is written."""
+    weight = Weight(9, 1088, generator, double_quant=True, block_size=block_size)
+    x = numbers(rows, 1088, dtype=torch.float16, generator=generator)
+    for splits in (1, 3):
+        y = matmul(x, weight, rows=rows, splits=splits, capability=capability)
+        assert_close(y, x, weight.exact, weight_is_rounded=True)
+
+
+def matmul_transposed(
+    dy, weight, *, rows, splits=1, slot=None, order=0, eager_copies=False, capability=None
+):
     m, k = dy.shape[0], weight.k
     tiles = (-(-k // 128), -(-m // rows))
     dx = Buffer.empty(m * k, dy.dtype)
-    partial = Buffer.empty(splits * m * k, torch.float32)
+    partial = Buffer.empty(splits * tiles[0] * tiles[1] * rows * 128, torch.float32)
     arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
-    copies = 8 if capability == 75 else 16
-    weight.kernels("matmul_transposed", dy.dtype, capability).launch(
-        f"fourbit_matmul_transposed_{rows}",
+    launch(
+        weight,
+        f"matmul_transposed_{rows}",
+        capability,
         *(Buffer(dy), *weight.arguments(), dx),
-        *((partial, arrived) if splits > 1 else (None, None)),
-        *(m, weight.n, k, ctypes.c_uint32(splits)),
-        grid=(*tiles, splits),
-        dynamic_bytes=34816 + 128 * copies * 16 + 288 * rows,
+        *((partial, arrived if slot is None else None) if splits > 1 else (None, None)),
+        *(m, weight.n, k, ctypes.c_uint32(splits), ctypes.c_uint32(slot or 0)),
+        dtype=dy.dtype,
         order=order,
         eager_copies=eager_copies,
     )
@@ -287,19 +331,29 @@ def test_transposed_product_of_every_block_size(block_size, codebook, generator)
     assert_close(dx, dy, weight.exact.T, weight_is_rounded=True)
 
 
-@pytest.mark.parametrize("product", [matmul, matmul_transposed])
+@pytest.mark.parametrize("multiply", [matmul, matmul_transposed])
+def test_own_counters_are_zero_after_every_launch(multiply, generator):
+    """Else a later launch would take the wrong block for the last, which finds numbers missing."""
+    weight = Weight(288, 288, generator)
+    x = numbers(11, 288, dtype=torch.bfloat16, generator=generator)
+    expected = multiply(x, weight, rows=8, splits=3)
+    slots = _core.COUNTER_SLOTS
+    for slot in (0, 0, slots - 1, 0, slots - 1):
+        assert torch.equal(multiply(x, weight, rows=8, splits=3, slot=slot), expected)
+
+
+@pytest.mark.parametrize("multiply", [matmul, matmul_transposed])
 @pytest.mark.parametrize("eager_copies", [False, True])
 @pytest.mark.parametrize(("rows", "splits"), [(8, 1), (16, 2), (32, 3)])
 def test_tensor_core_products_with_the_constants_of_turing(
-    product, rows, splits, eager_copies, generator
+    multiply, rows, splits, eager_copies, generator
 ):
-    """Two stages and eight copies of a table, as shared memory of sm_75 allows; its copies arrive
-    at once."""
-    weight = Weight(72, 352, generator, double_quant=True)
-    transposed = product is matmul_transposed
-    x = numbers(rows + 3, 72 if transposed else 352, dtype=torch.float16, generator=generator)
+    """Stages and copies of a table as shared memory of sm_75 allows; its copies arrive at once."""
+    weight = Weight(72, 320, generator, double_quant=True)
+    transposed = multiply is matmul_transposed
+    x = numbers(rows + 3, 72 if transposed else 320, dtype=torch.float16, generator=generator)
     options = {"rows": rows, "splits": splits, "eager_copies": eager_copies, "capability": 75}
-    results = [product(x, weight, order=order, **options) for order in (0, 3, 6)]
+    results = [multiply(x, weight, order=order, **options) for order in (0, 3, 6)]
     exact = weight.exact.T if transposed else weight.exact
     assert_close(results[0], x, exact, weight_is_rounded=True)
     assert all(torch.equal(results[0], other) for other in results[1:])
