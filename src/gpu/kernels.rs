@@ -221,10 +221,10 @@ const MATVEC: File = File {
     dtypes: ALL_DTYPES,
     code_bits: &[4],
     kernels: &[
-        matvec("fourbit_matvec_1", |a, _, _| matvec_geometry(a, 1)),
-        matvec("fourbit_matvec_2", |a, _, _| matvec_geometry(a, 2)),
-        matvec("fourbit_matvec_4", |a, _, _| matvec_geometry(a, 4)),
-        matvec("fourbit_matvec_8", |a, _, _| matvec_geometry(a, 8)),
+        matvec("fourbit_matvec_1", |a, s, _| matvec_geometry(a, s, 1)),
+        matvec("fourbit_matvec_2", |a, s, _| matvec_geometry(a, s, 2)),
+        matvec("fourbit_matvec_4", |a, s, _| matvec_geometry(a, s, 4)),
+        matvec("fourbit_matvec_8", |a, s, _| matvec_geometry(a, s, 8)),
     ],
 };
 
@@ -248,9 +248,19 @@ const fn matvec(name: &'static str, geometry: GeometryOf) -> Kernel {
     }
 }
 
-/// Sixteen outputs a block, two a warp, for so many rows of `x`; a table of pairs of values and
-/// rows of `x` in dynamic shared memory.
-fn matvec_geometry(arguments: &Arguments, rows: u64) -> Result<Option<Geometry>, ArgumentProblem> {
+/// Sixteen outputs a block, two a warp, for so many rows of `x`. In dynamic shared memory 32 KiB of
+/// pairs of values, and at most as much of `x`, by windows of 1024 columns.
+fn matvec_geometry(
+    arguments: &Arguments,
+    specialisation: &Specialisation,
+    rows: u64,
+) -> Result<Option<Geometry>, ArgumentProblem> {
+    let window = 1024 * rows * specialisation.dtype.size() as u64;
+    let x_bytes = arguments
+        .get("k")
+        .div_ceil(1024)
+        .saturating_mul(window)
+        .min(32 << 10);
     grid(
         [
             arguments.get("n").div_ceil(16),
@@ -258,7 +268,7 @@ fn matvec_geometry(arguments: &Arguments, rows: u64) -> Result<Option<Geometry>,
             1,
         ],
         256,
-        64 << 10,
+        (32 << 10) + u32::try_from(x_bytes).unwrap_or(32 << 10),
     )
 }
 

@@ -80,6 +80,18 @@ def assert_close(y, x, weight, bias=None, *, weight_is_rounded):
     assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound"
 
 
+def geometry(file, kernel, dtype, *, m, n, k, processors=3):
+    """As the register has it, for a kernel that takes ten arguments: seven pointers, m, n and k."""
+    launch = _core.kernel_geometry(
+        *(file, kernel, [256] * 7 + [m, n, k]),
+        capability=80,
+        processors=processors,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    grid, block, dynamic_bytes = launch
+    return {"grid": tuple(grid), "block": block, "dynamic_bytes": dynamic_bytes}
+
+
 def matvec(x, weight, *, rows, bias=None, order=0):
     m, n = x.shape[0], weight.n
     y = Buffer.empty(m * n, x.dtype)
@@ -87,8 +99,7 @@ def matvec(x, weight, *, rows, bias=None, order=0):
         f"fourbit_matvec_{rows}",
         *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
         *(m, n, weight.k),
-        grid=(-(-n // 16), -(-m // rows)),
-        dynamic_bytes=65536,
+        **geometry("matvec", f"fourbit_matvec_{rows}", x.dtype, m=m, n=n, k=weight.k),
         order=order,
     )
     return y.tensor().reshape(m, n)
@@ -148,7 +159,8 @@ def test_matvec_of_misaligned_rows(generator):
     y = Buffer.empty(12, torch.bfloat16)
     arguments = (Buffer(x, misaligned_by=2), *weight.arguments(), None, y, 2, 6, 64)
     kernels = weight.kernels("matvec", torch.bfloat16)
-    kernels.launch("fourbit_matvec_2", *arguments, dynamic_bytes=65536)
+    launch = geometry("matvec", "fourbit_matvec_2", x.dtype, m=2, n=6, k=64)
+    kernels.launch("fourbit_matvec_2", *arguments, **launch)
     assert_close(y.tensor().reshape(2, 6), x, weight.exact, weight_is_rounded=False)
 
 
@@ -156,6 +168,34 @@ def test_products_without_columns_are_the_bias(generator):
     bias = numbers(5, dtype=torch.float32, generator=generator)
     weight = Weight(5, 0, generator)
     assert torch.equal(matvec(torch.empty(2, 0), weight, rows=2, bias=bias), bias.expand(2, 5))
+
+
+def most_in_a_bank(offsets, size):
+    """Of lanes that access `size` bytes at these offsets in shared memory: how many words of one
+    bank a pass takes at most. A pass is the lanes that make up 128 bytes."""
+    passes = [offsets[i : i + 128 // size] for i in range(0, len(offsets), 128 // size)]
+    worst = 0
+    for lanes in passes:
+        words = {offset // 4 + word for offset in lanes for word in range(size // 4)}
+        worst = max(worst, max(sum(w % 32 == bank for w in words) for bank in range(32)))
+    return worst
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_matvec_has_no_bank_conflicts(element_bytes):
+    """Of the places that `Columns` gives to granules of four numbers, written and read."""
+    size = 4 * element_bytes
+
+    def offset(lane, j):
+        return (j * 32 + (lane ^ 16 // size * j)) * size
+
+    everywhere = {offset(lane, j) for lane in range(32) for j in range(8)}
+    assert everywhere == set(range(0, 256 * size, size))
+    for j in range(8):
+        assert most_in_a_bank([offset(lane, j) for lane in range(32)], size) == 1
+    for first in range(0, 256, 32):
+        written = [offset(i // 8, i % 8) for i in range(first, first + 32)]
+        assert most_in_a_bank(written, size) == 1
 
 
 STAGES = 3
