@@ -174,6 +174,9 @@ __device__ __forceinline__ Wide load_once(const Wide* source) {
     emulator::check_aligned(source, 16);
     return *source;
 }
+__device__ __forceinline__ void load_once_if(Wide& value, const Wide* source, bool there) {
+    if (there) value = load_once(source);
+}
 __device__ __forceinline__ void store_once(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
     *target = value;
@@ -237,6 +240,16 @@ __device__ __forceinline__ Wide load_once(const Wide* source) {
                    "=r"(value.words[3])
                  : "l"(source));
     return value;
+}
+
+// The same, where it is there, without a branch; else the value stays. The second-level cache may
+// bring the whole line: for rows that are read to their end, a part at a time.
+__device__ __forceinline__ void load_once_if(Wide& value, const Wide* source, bool there) {
+    asm volatile("{ .reg .pred there; setp.ne.u32 there, %5, 0;\n\t"
+                 "@there ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(value.words[0]), "+r"(value.words[1]), "+r"(value.words[2]),
+                   "+r"(value.words[3])
+                 : "l"(source), "r"(u32(there)));
 }
 
 // Writes what this kernel will not read: first to leave the second-level cache.

@@ -41,6 +41,7 @@ __all__ = [
     "kernel_register",
     "kernel_source",
     "load_nvrtc",
+    "matvec_tensor_takes",
     "product_splits",
     "quantize",
     "quantize_absmax",
@@ -105,6 +106,9 @@ def kernel_geometry(
 def product_splits(
     *, rows: int, tile_rows: int, columns: int, depth: int, processors: int
 ) -> tuple[int, int]: ...
+def matvec_tensor_takes(
+    *, rows: int, columns: int, depth: int, block_size: int, capability: int
+) -> bool: ...
 def raise_non_finite(index: int, value: float) -> NoReturn: ...
 def raise_scale_overflow() -> NoReturn: ...
 def load_nvrtc(path: str | PathLike[str]) -> tuple[Path, tuple[int, int]]: ...

@@ -16,6 +16,7 @@ pub static FILES: &[File] = &[
     DOUBLE_QUANT,
     DEQUANTIZE,
     MATVEC,
+    MATVEC_TENSOR,
     MATMUL,
     MATMUL_TRANSPOSED,
     ADAMW,
@@ -278,6 +279,91 @@ const AMPERE: u32 = 80;
 
 /// Those that tensor cores take.
 const TENSOR_DTYPES: &[(Dtype, u32)] = &[(Dtype::F16, OLDEST), (Dtype::Bf16, AMPERE)];
+
+const MATVEC_TENSOR: File = File {
+    name: "matvec_tensor",
+    text: include_str!("../../cuda/matvec_tensor.cu"),
+    exact: false,
+    dtypes: &[(Dtype::F16, AMPERE), (Dtype::Bf16, AMPERE)],
+    code_bits: &[4],
+    kernels: &[
+        matvec_tensor("fourbit_matvec_tensor_1", |a, _, card| {
+            matvec_tensor_geometry(a, card, 1)
+        }),
+        matvec_tensor("fourbit_matvec_tensor_2", |a, _, card| {
+            matvec_tensor_geometry(a, card, 2)
+        }),
+        matvec_tensor("fourbit_matvec_tensor_4", |a, _, card| {
+            matvec_tensor_geometry(a, card, 4)
+        }),
+    ],
+};
+
+const fn matvec_tensor(name: &'static str, geometry: GeometryOf) -> Kernel {
+    Kernel {
+        oldest: AMPERE,
+        ..matvec(name, geometry)
+    }
+}
+
+/// A block a multiprocessor, each with every so manieth tile of sixteen outputs.
+fn matvec_tensor_geometry(
+    arguments: &Arguments,
+    card: &Card,
+    rows: u64,
+) -> Result<Option<Geometry>, ArgumentProblem> {
+    let tiles = arguments.get("n").div_ceil(16);
+    let bytes = matvec_tensor_bytes(rows, arguments.get("k"));
+    grid(
+        [
+            tiles.min(card.processors.into()),
+            arguments.get("m").div_ceil(rows),
+            1,
+        ],
+        512,
+        u32::try_from(bytes).unwrap_or(u32::MAX),
+    )
+}
+
+/// Its dynamic shared memory: 256 entries of a table and as many lines of `x` between them, and
+/// what more of those there are, 128 bytes each; the nested codebook; and for two rounds of sixteen
+/// warps 16 sums for each row. A line has 64 columns, and of columns there are whole windows of 512.
+fn matvec_tensor_bytes(rows: u64, depth: u64) -> u64 {
+    let lines = depth.div_ceil(512).saturating_mul(8 * rows);
+    lines
+        .saturating_add(256)
+        .max(512)
+        .saturating_mul(128)
+        .saturating_add(1024 + 2 * 16 * 16 * 4 * rows)
+}
+
+/// Shared memory that a block can have (CUDA Programming Guide, "Compute Capabilities"); of cards
+/// that are not known yet, the least.
+const fn most_shared_bytes(capability: u32) -> u64 {
+    match capability {
+        80 | 87 => 163 << 10,
+        90 | 100 | 103 | 110 => 227 << 10,
+        _ => 99 << 10,
+    }
+}
+
+/// Whether `fourbit_matvec_tensor_<rows>` takes a weight of that many columns of outputs and terms
+/// of each sum on such a card: all rows of `x` fit the shared memory, sums of at most 64 terms have
+/// one scale, and 32 bits count the weight's chunks of 32 codes.
+#[must_use]
+pub fn matvec_tensor_takes(
+    rows: u64,
+    columns: u64,
+    depth: u64,
+    block_size: u64,
+    capability: u32,
+) -> bool {
+    capability >= AMPERE
+        && depth > 0
+        && depth % block_size.clamp(1, 64) == 0
+        && (columns.div_ceil(16) * 16).saturating_mul(depth / 32) <= u64::from(u32::MAX)
+        && matvec_tensor_bytes(rows, depth) <= most_shared_bytes(capability)
+}
 
 /// Columns of the result that a block of the tensor-core products has.
 const TENSOR_COLUMNS: u64 = 128;

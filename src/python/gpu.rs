@@ -99,6 +99,19 @@ pub(super) fn product_splits(
     kernels::splits(rows, tile_rows, columns, depth, processors)
 }
 
+/// Whether `fourbit_matvec_tensor_<rows>` takes such a weight on such a card.
+#[pyfunction]
+#[pyo3(signature = (*, rows, columns, depth, block_size, capability))]
+pub(super) fn matvec_tensor_takes(
+    rows: u64,
+    columns: u64,
+    depth: u64,
+    block_size: u64,
+    capability: u32,
+) -> bool {
+    kernels::matvec_tensor_takes(rows, columns, depth, block_size, capability)
+}
+
 /// Raises the error of a tensor whose element of that index is not finite.
 #[pyfunction]
 pub(super) fn raise_non_finite(index: u64, value: f32) -> PyResult<()> {
