@@ -1,3 +1,35 @@
+// Blockwise dequantization: value of the code times scale of the block, rounded once. With
+// DOUBLE_QUANT the scales are decoded in the same launch. Same bytes as src/blockwise/scalar.rs:
+// compiled without fused operations, one rounding an operation.
+//
+// Parameters of fourbit_dequantize:
+//   packed         u8 [ceil(count CODE_BITS / 8)], codes, the first of a byte in its high bits
+//   absmax         f32 [ceil(count / BLOCK_SIZE)], or u8 codes with DOUBLE_QUANT
+//   nested_absmax  f32 [ceil(blocks / 256)], null without DOUBLE_QUANT
+//   nested_offset  f32 [1], null without DOUBLE_QUANT
+//   output         ELEMENT [count]
+//   count          i64
+// Addresses are any; output on a multiple of 16 and packed on a multiple of the codes of 16 bytes
+// of output are faster. A code without a value gives NaN.
+//
+// Launch: block 256; grid any, best min(ceil(count sizeof(ELEMENT) / 16,384), 8 x processors); no
+// dynamic shared memory.
+//
+// Floor: sizeof(ELEMENT) + CODE_BITS / 8 + 1 / BLOCK_SIZE bytes an element (4 / BLOCK_SIZE without
+// DOUBLE_QUANT): 2.52 for 4 bits to bf16 in blocks of 64. One look and one product an element.
+// Why it should be reached: four fifths of the bytes are writes, which a lane makes by 16 bytes, a
+// warp by runs of 512. A lane asks for the codes of four such vectors at once; with 32 registers
+// (sm_80, 90, 100) eight blocks stay, which is all a processor takes, and have 32 KiB of codes
+// under way for bf16 and 16 KiB for f32, where this share of the traffic needs 4. Every scale of
+// a warp's tile is decoded by one lane and handed on by a shuffle. Up to 4 bits the codebook
+// stands in shared memory once for each bank, so that no look meets another's; 8-bit codes share
+// one copy, and looks may meet.
+// Counted for 4 bits, bf16, blocks of 64, DOUBLE_QUANT, on a lane's 32 elements: 209
+// instructions on sm_80, 245 on sm_90, of which 33 looks, 4 shuffles, 6 loads, 4 stores and 68
+// to 66 shifts and masks for addresses: 6.5 and 7.7 an element. A warp's 1024 elements so take
+// 52 and 61 cycles of issue and 37 of shared memory with its shuffles, and the memory 178 cycles
+// of an H100, 192 of an A100 and 826 of an RTX 4090: it is the memory that binds. f32: 123 and
+// 148 for 16 elements, 37 cycles, and the memory 160.
 #include "common.cuh"
 
 using Element = ELEMENT;

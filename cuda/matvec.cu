@@ -1,5 +1,6 @@
 // y = x W^T + bias for a few rows of x: 1, 2, 4 or 8 in one pass over the packed weight, more in
-// several. For every dtype, N and K; the tensor cores' product (matmul.cu) is for more rows.
+// several. For every dtype, N and K; from sm_80 on, matvec_tensor.cu is for what it takes of bf16
+// and f16, and the tensor cores' product (matmul.cu) for more rows.
 //
 // Parameters of fourbit_matvec_<rows>:
 //   x              ELEMENT [m, k]
@@ -17,22 +18,29 @@
 // Launch: block 256; grid (ceil(n / 16), ceil(m / rows)); dynamic shared memory 32 KiB of table and
 // at most 32 KiB of x: rows x 1024 x sizeof(ELEMENT) bytes for every 1024 columns or part of them.
 //
-// Floor: 0.5 bytes a weight for codes and 1 / BLOCK_SIZE (with DOUBLE_QUANT) or 4 / BLOCK_SIZE bytes
-// for scales, read once. Rows m 1 to 8 share that one pass.
+// Floor: 0.5 bytes a weight for codes and 1 / BLOCK_SIZE (with DOUBLE_QUANT) or 4 / BLOCK_SIZE
+// bytes for scales, read once. Rows m 1 to 8 share that one pass.
 // Why it should be reached: a warp has two rows of W; a lane reads 16 bytes, 32 codes, of each and
-// asks for the next before it uses them, so a block has 16 KiB and three blocks of an H100 processor
-// 48 KiB in flight, where 3.35 TB/s at 700 ns on 132 processors need 18.
+// asks for the next before it uses them, so a block has 8 KiB under way beside the 8 that it works
+// on, and three blocks of an H100 processor 24 KiB of the former, where 18 are needed. The first
+// are asked for before the table is filled and x is read, which a lane does by four reads at once.
 // Two codes, a byte, take one look into a table of pairs in shared memory, which stands there 16
-// times, once for each bank pair: no look meets another's bank. x lies in shared memory in the order
-// in which lanes read it, so those reads have no conflicts either.
-// Compiled for bf16, one row, double quantization, the loop over 64 codes is some 300 instructions
-// (sm_80: 294, of which 66 multiply-adds, 40 shared reads, 58 shifts and masks for addresses): 4.7 a
-// code. At the memory's full speed an H100 may issue 4.6 and an A100 4.9 a code, so there instructions
-// and memory come out near each other; an RTX 4090 has room for 21. With 8 rows the
-// multiply-adds, 8 a code, bind on the large cards, and matmul.cu does better.
+// times, once for each bank pair: no look meets another's bank. x lies in shared memory in the
+// order in which lanes read it, moved so that neither reads nor the writes of whole granules have
+// conflicts (a test computes it).
+// Counted for bf16, one row, double quantization: a lane's 64 codes take 300 instructions on sm_80
+// and 317 on sm_90, of which 66 multiply-adds, 40 shared reads and 65 shifts and masks for
+// addresses: 4.7 and 5.0 a code. A warp's 2048 codes so take 75 and 79 cycles of issue and 80 of
+// shared memory, and the memory 73 cycles of an H100, 79 of an A100, 51 of an H200 (4.8 TB/s) and
+// 340 of an RTX 4090. On an A100 and an H100 all three come out near each other, and at best nine
+// tenths of the memory's speed is left; besides, where k is 4096 a block's start, table and x, has
+// some 240 instructions a thread beside the 1,270 of its loop. More rows add to the
+// instructions: 693 (sm_90 712) for 4 and 1203 (1237) for 8, of which 512 multiply-adds; these bind
+// on the large cards, at two fifths and a quarter of the memory's speed. An RTX 4090 has room for
+// 21 instructions a code.
 //
-// Where k is no multiple of 32, rows of W begin anywhere in the stream of codes. Codes are then read
-// by the same aligned 16 bytes, of which lanes leave out what is another row's.
+// Where k is no multiple of 32, rows of W begin anywhere in the stream of codes. Codes are then
+// read by the same aligned 16 bytes, of which lanes leave out what is another row's.
 #include "common.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
@@ -67,7 +75,9 @@ __device__ __forceinline__ void fill_table(ValuePair* table) {
     const ValuePair both{__shfl_sync(ALL_LANES, value, int(byte >> 4)), value};
     auto* pairs = reinterpret_cast<Pack<ValuePair, 2>*>(table + byte * TABLE_COPIES);
 #pragma unroll
-    for (u32 i = 0; i < TABLE_COPIES / 2; ++i) pairs[(i + byte) % (TABLE_COPIES / 2)] = {both, both};
+    for (u32 i = 0; i < TABLE_COPIES / 2; ++i) {
+        pairs[(i + byte) % (TABLE_COPIES / 2)] = {both, both};
+    }
 }
 
 // Byte `which` of a word, looked up. `mine` is the offset of the lane's copy.
@@ -118,11 +128,14 @@ if (there && wide) {
 #pragma unroll
                     for (u32 a = 0; a < AT_ONCE; ++a) {
                         const u32 start = (i + a * THREADS) * GRANULE;
-                        if (start < used) read[a] = *reinterpret_cast<const Granule*>(source + start);
+                        if (start < used) {
+                            read[a] = *reinterpret_cast<const Granule*>(source + start);
+                        }
                     }
 #pragma unroll
                     for (u32 a = 0; a < AT_ONCE; ++a) {
-                        if (i + a * THREADS < count) granules[place(row, i + a * THREADS)] = read[a];
+                        const u32 granule = i + a * THREADS;
+                        if (granule < count) granules[place(row, granule)] = read[a];
                     }
                 }
             } else {
@@ -165,7 +178,9 @@ struct Weight {
         Wide wide{};
 #pragma unroll
         for (u32 i = 0; i < 16; ++i) {
-            if (chunk * 16 + i < bytes) wide.words[i / 4] |= u32(packed[chunk * 16 + i]) << i % 4 * 8;
+            if (chunk * 16 + i < bytes) {
+                wide.words[i / 4] |= u32(packed[chunk * 16 + i]) << i % 4 * 8;
+            }
         }
         return wide;
     }
@@ -243,7 +258,9 @@ __device__ __forceinline__ void sum_aligned(float (&sums)[ROWS][M], const Weight
                     for (u32 e = 0; e < GRANULE; ++e) {
                         const float number = to_float(granule.elements[e]);
 #pragma unroll
-                        for (u32 row = 0; row < ROWS; ++row) parts[row][i] += values[row][e] * number;
+                        for (u32 row = 0; row < ROWS; ++row) {
+                            parts[row][i] += values[row][e] * number;
+                        }
                     }
                 }
             }

@@ -44,20 +44,22 @@
 // of an H100 are 17.8 KB, and 4.8 TB/s of an H200 25.5.
 // Shared memory: a byte, two codes, takes one look into a table of pairs with a copy for each bank.
 // An entry begins at a multiple of 256 bytes, so a look's offset is one byte moved (PRMT), without
-// shift and mask; between the entries lies x. No access has a bank conflict (a test computes it).
-// A window's 8,192 codes take 128 looks, 16 cycles for x (32 and 64 for 2 and 4 rows) and 4 for
-// the nested codebook: 55, 50 and 42 codes a cycle.
+// shift and mask; between the entries lies x. But for the nested codebook, no access has a bank
+// conflict (a test computes it).
+// A window's 8,192 codes take 128 looks, 16 cycles for x (32 and 64 for 2 and 4 rows), 4 for the
+// nested codebook and 4 (8 and 12) shuffles: 54, 48 and 39 codes a cycle.
 // Counted for BLOCK_SIZE 64, bf16 and double quantization, on the way from barrier to barrier of a
 // window that is whole: a lane's 256 codes take
 //   rows     1      2      4
-//   sm_80   537    573    618   2.1, 2.2 and 2.4 a code
-//   sm_90   529    567    621
-//   sm_100  639    681    732   2.5, 2.7 and 2.9: look-ups take an addition more
+//   sm_80   537    567    662   2.1, 2.2 and 2.6 a code
+//   sm_90   529    564    651   2.1, 2.2 and 2.5
+//   sm_100  635    681    724   2.5, 2.7 and 2.8: look-ups take an addition more
 // of which 128 PRMT, 128 LDS and 32 HMMA. matvec.cu takes 5.0 a code for one row. At full memory
 // speed an A100 (2.0 TB/s) can issue 4.9, an H100 4.6, an H200 3.2, a B200 2.3 and an RTX 4090 21;
-// and their shared memory must give 26, 28, 40, 57 and 6 codes a cycle. So for one row neither holds
-// an A100 or H100 (45 % of issue, half of shared memory), an H200 uses 65 % and 73 %, and a B200 is
-// held by both. None of this has been measured.
+// and their shared memory must give 26, 28, 40, 57 and 6 codes a cycle. So for one row neither
+// holds an A100 or H100 (45 % of issue, half of shared memory), an H200 uses 65 % and 74 %, and a
+// B200 is held by both; for four rows shared memory holds an H200 as well. None of this has been
+// measured.
 // What does hold is the start: launch, first latency, and the last round's sums may come to 1 to 2
 // microseconds, where an H100 reads a weight of 4096 x 4096 in 2.6 and of 14336 x 4096 in 9. The
 // table's fill, 256 cycles of shared memory and some 250 of issue, is under way together with the
@@ -271,6 +273,20 @@ template <u32 M> __device__ __forceinline__ void matvec_tensor(Problem problem) 
     // Twice [windows of a round, M, TILE].
     float* const partial = nested + NESTED_BYTES / 4;
 
+    const Walk walk{u32((problem.n + TILE - 1) / TILE), windows};
+    const Position round_steps = walk.after(0, WARPS);
+    Position at = walk.after(blockIdx.x, warp);
+    Wide codes[STRETCHES][2] = {};
+    Scales::Fetched fetched[D::SCALES][2] = {};
+    if (walk.there(at)) {
+        const Source<M> source(problem, at, g, t);
+#pragma unroll
+        for (u32 stretch = 0; stretch < STRETCHES; ++stretch) {
+            source.read(codes[stretch], stretch, true);
+        }
+        source.read(fetched, problem.scales);
+    }
+    // All else while those are on their way.
     const i64 first_x = i64(blockIdx.y) * M;
     const u32 rows = u32(min(i64(M), problem.m - first_x));
     problem.x += first_x * problem.k;
@@ -285,22 +301,7 @@ template <u32 M> __device__ __forceinline__ void matvec_tensor(Problem problem) 
         }
     }
     copy_async_commit();
-
-    const Walk walk{u32((problem.n + TILE - 1) / TILE), windows};
-    const Position round_steps = walk.after(0, WARPS);
-    Position at = walk.after(blockIdx.x, warp);
-    Wide codes[STRETCHES][2] = {};
-    Scales::Fetched fetched[D::SCALES][2] = {};
-    if (walk.there(at)) {
-        const Source<M> source(problem, at, g, t);
-#pragma unroll
-        for (u32 stretch = 0; stretch < STRETCHES; ++stretch) {
-            source.read(codes[stretch], stretch, true);
-        }
-        source.read(fetched, problem.scales);
-    }
     const float offset = problem.scales.offset();
-    // While those are on their way.
     fill_table(table);
     if (DOUBLE_QUANT && threadIdx.x < 256) nested[threadIdx.x] = NESTED_TABLE[threadIdx.x];
     copy_async_wait<0>();
@@ -399,15 +400,21 @@ template <u32 M> __device__ __forceinline__ void matvec_tensor(Problem problem) 
                     }
                 }
 #pragma unroll
-                for (u32 i = 0; i < 4; ++i) {
-                    // Groups that are not there have sums of anything.
-                    const u32 group = group_of_sum<M>(t, set, i % 2);
-                    const bool there = group * GROUP_LANES < chunks_left;
-                    const float scale = scale_of_sum<M>(scales, t, set, i / 2, i % 2);
+                for (u32 half = 0; half < 2; ++half) {
+                    bool there = false;
+                    float scale = 0.0f;
 #pragma unroll
-                    for (u32 product = 0; product < D::PRODUCTS; ++product) {
-                        float& sum = sums[product][i];
-                        sum = there ? sum + scale * parts[product][i] : sum;
+                    for (u32 i = 0; i < 2; ++i) {
+                        if (i == 0 || D::ROWS == 1) {  // else both columns are of one group
+                            // Groups that are not there have sums of anything.
+                            there = group_of_sum<M>(t, set, i) * GROUP_LANES < chunks_left;
+                            scale = scale_of_sum<M>(scales, t, set, half, i);
+                        }
+#pragma unroll
+                        for (u32 product = 0; product < D::PRODUCTS; ++product) {
+                            float& sum = sums[product][2 * half + i];
+                            sum = there ? sum + scale * parts[product][2 * half + i] : sum;
+                        }
                     }
                 }
             }

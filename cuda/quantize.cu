@@ -1,3 +1,37 @@
+// Blockwise quantization: the largest magnitude of every BLOCK_SIZE elements as their scale, and
+// for each element the code of the nearest value of the codebook. Same bytes as
+// src/blockwise/scalar.rs: compiled without fused operations, one rounding an operation.
+//
+// Parameters of fourbit_quantize:
+//   input      ELEMENT [count]; any address, multiples of 16 are faster
+//   packed     u8 [ceil(count CODE_BITS / 8)], codes, the first of a byte in its high bits, the
+//              rest of a last byte as of zeros
+//   absmax     f32 [ceil(count / BLOCK_SIZE)]
+//   count      i64
+//   first_bad  u64 [1], all ones: afterwards the index of the first element that is a NaN or an
+//              infinity, and then packed and absmax mean nothing
+// A NaN or infinity is noted, not quantized. The element is multiplied by the rounded reciprocal of
+// its scale; where that would overflow, both are lifted by 2^64 first. A number halfway between two
+// values takes the lower, or with TIES_UPPER the upper one.
+//
+// Launch: block 256; grid any, best min(ceil(count sizeof(ELEMENT) / 16,384), 8 x processors); no
+// dynamic shared memory.
+//
+// Floor: sizeof(ELEMENT) + CODE_BITS / 8 + 4 / BLOCK_SIZE bytes an element: 2.56 for bf16 to 4 bits
+// in blocks of 64. One product, one comparison with the right midpoint and one maximum an element.
+// Why it should be reached: a thread asks for four vectors of 16 bytes before it uses one, and the
+// registers (48 on sm_80 to 90) let five blocks stay: 80 KiB under way. Warps read runs of 512
+// bytes and write runs of 128 (bf16, 4 bits). A block of up to 1024 elements of 16 bits lies in
+// one warp, so its maximum needs shuffles alone; larger ones one barrier a tile. A code takes
+// one look: the number's bin, of 32, comes from its bits by one addition, a bin holds at most
+// one midpoint, and the table stands in shared memory 16 times, so that no look of 8 bytes meets
+// another's bank. (8-bit codebooks and those whose midpoints lie too close go down a search
+// tree: CODE_BITS looks.)
+// Counted for NF4, bf16, blocks of 64, on a lane's 32 elements: 411 instructions on sm_80, 405 on
+// sm_90, of which 32 looks, 8 shuffles, 4 loads and 4 stores of codes: 12.8 an element. A warp's
+// 1024 elements so take 103 cycles of issue and 64 of shared memory, and the memory 181 cycles
+// of an H100, 196 of an A100 and 840 of an RTX 4090: it is the memory that binds. f32: 251 and
+// 247 for 16 elements, 63 cycles, and the memory 161.
 #include "common.cuh"
 
 using Element = ELEMENT;
@@ -70,7 +104,9 @@ __device__ constexpr Bins make_bins() {
     constexpr u8 codes[CODEBOOK_RANKS] = CODEBOOK_CODES;
     Bins bins{true, true, {}, {}};
     u32 in_bin[BINS] = {};
-    for (u32 rank = 0; rank < CODEBOOK_RANKS; ++rank) bins.ranks = bins.ranks && codes[rank] == rank;
+    for (u32 rank = 0; rank < CODEBOOK_RANKS; ++rank) {
+        bins.ranks = bins.ranks && codes[rank] == rank;
+    }
     for (u32 i = 0; i < MIDPOINTS; ++i) {
         // Where the kernel's sum, rounded to a 128th, passes into the next bin. A midpoint that is
         // not clearly on one side of such an edge is left to the tree.
@@ -249,7 +285,7 @@ __device__ __forceinline__ void store_part(u8* target, const Packed& bytes, i64 
 
 // --- the kernel ---------------------------------------------------------------------------------
 
-// Notes the first element of this thread's vectors that is not finite. Rare, so it reads them again.
+// Notes the first element of this thread's vectors that is not finite. Rare: it reads them again.
 __device__ __noinline__ void report_bad(const Element* input, i64 first, i64 count,
                                         u64* first_bad) {
 #pragma unroll 1

@@ -168,7 +168,8 @@ def _nvrtc() -> Finding:
         return Finding(
             "NVRTC", "broken", f"{where}: {error}", "install torch and its packages again"
         )
-    return Finding("NVRTC", "ok", f"{where}; compiles for sm_{capability}")
+    version = f"{capability // 10}.{capability % 10}"
+    return Finding("NVRTC", "ok", f"{where}; compiles for compute capability {version}")
 
 
 def _cache() -> Iterator[Finding]:

@@ -42,6 +42,7 @@ functions! {
         cuThreadExchangeStreamCaptureMode(*mut CUstreamCaptureMode);
         cuModuleLoadData(*mut CUmodule, *const c_void);
         cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
+        cuFuncGetAttribute(*mut c_int, CUfunction_attribute, CUfunction);
         cuFuncSetAttribute(CUfunction, CUfunction_attribute, c_int);
         cuLaunchKernel(
             CUfunction,
@@ -85,6 +86,8 @@ pub struct Device {
 pub struct Context {
     driver: &'static Driver,
     handle: CUcontext,
+    /// Shared memory that a block may have if it asks.
+    block_bytes: u32,
     /// The card.
     pub card: Card,
 }
@@ -211,16 +214,22 @@ impl Driver {
         Ok(handle)
     }
 
+    fn attribute(
+        &self,
+        attribute: CUdevice_attribute,
+        handle: CUdevice,
+    ) -> Result<u32, GpuProblem> {
+        let mut value = 0;
+        // SAFETY: an integer to write to; `handle` is a card's.
+        let code =
+            unsafe { (self.functions.cuDeviceGetAttribute)(&raw mut value, attribute, handle) };
+        self.check("cuDeviceGetAttribute", code)?;
+        Ok(value.cast_unsigned())
+    }
+
     fn card(&self, handle: CUdevice) -> Result<Card, GpuProblem> {
-        let attribute = |attribute| {
-            let mut value = 0;
-            // SAFETY: an integer to write to; `handle` is a card's.
-            let code =
-                unsafe { (self.functions.cuDeviceGetAttribute)(&raw mut value, attribute, handle) };
-            self.check("cuDeviceGetAttribute", code)?;
-            Ok(value.cast_unsigned())
-        };
         use CUdevice_attribute as Attribute;
+        let attribute = |attribute| self.attribute(attribute, handle);
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         Ok(Card {
@@ -239,9 +248,11 @@ impl Driver {
         // SAFETY: a handle to write to. It is never released: see `Context`.
         let code = unsafe { (self.functions.cuDevicePrimaryCtxRetain)(&raw mut handle, device) };
         self.check("cuDevicePrimaryCtxRetain", code)?;
+        let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Context {
             driver: self,
             handle,
+            block_bytes: self.attribute(most, device)?,
             card: self.card(device)?,
         })
     }
@@ -286,19 +297,21 @@ impl Context {
         Ok(value)
     }
 
-    /// Loads a compiled kernel file and finds functions in it. Nothing of it is ever unloaded.
+    /// Loads a compiled kernel file and finds functions in it, which may have all of a block's
+    /// shared memory. Nothing of it is ever unloaded.
     ///
     /// # Errors
     /// [`GpuProblem::Driver`].
-    pub fn load(&self, cubin: &[u8], names: &[&CStr]) -> Result<Vec<Function>, GpuProblem> {
+    pub fn load(&self, image: &[u8], names: &[&CStr]) -> Result<Vec<Function>, GpuProblem> {
         let driver = self.driver;
         self.current(|| {
             self.relaxed(|| {
                 let mut module = ptr::null_mut();
-                // SAFETY: `cubin` is an ELF file, which says its size itself, whole by its checksum
-                // or fresh from the compiler; the driver copies what it needs.
+                // SAFETY: `image` is an ELF file, which says its size itself, or PTX, which the
+                // compiler ends in a zero; whole by its checksum or fresh from the compiler. The
+                // driver copies what it needs.
                 let code = unsafe {
-                    (driver.functions.cuModuleLoadData)(&raw mut module, cubin.as_ptr().cast())
+                    (driver.functions.cuModuleLoadData)(&raw mut module, image.as_ptr().cast())
                 };
                 driver.check("cuModuleLoadData", code)?;
                 let find = |name: &&CStr| {
@@ -312,6 +325,7 @@ impl Context {
                         )
                     };
                     driver.check("cuModuleGetFunction", code)?;
+                    self.allow_shared_memory(function)?;
                     Ok(Function(function))
                 };
                 names.iter().map(find).collect()
@@ -319,19 +333,24 @@ impl Context {
         })
     }
 
-    /// Lets a function have so many bytes of dynamic shared memory.
-    ///
-    /// # Errors
-    /// [`GpuProblem::Driver`], also where the card has fewer.
-    pub fn allow_dynamic_bytes(&self, function: Function, bytes: u32) -> Result<(), GpuProblem> {
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let bytes = c_int::try_from(bytes).unwrap_or(c_int::MAX);
-        self.current(|| {
-            // SAFETY: `function` was loaded into this context.
-            let code =
-                unsafe { (self.driver.functions.cuFuncSetAttribute)(function.0, attribute, bytes) };
-            self.driver.check("cuFuncSetAttribute", code)
-        })
+    /// Lets a launch ask for all shared memory that the function leaves; unasked it is 48 KiB. Here,
+    /// since it also loads what the driver loads late: no launch does so in the middle of a capture.
+    fn allow_shared_memory(&self, function: CUfunction) -> Result<(), GpuProblem> {
+        use CUfunction_attribute as Attribute;
+        let (declared, dynamic) = (
+            Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+            Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        );
+        let functions = &self.driver.functions;
+        let mut used = 0;
+        // SAFETY: an integer to write to; `function` was loaded into this context.
+        let code = unsafe { (functions.cuFuncGetAttribute)(&raw mut used, declared, function) };
+        self.driver.check("cuFuncGetAttribute", code)?;
+        let left = self.block_bytes.saturating_sub(used.cast_unsigned());
+        let left = c_int::try_from(left).unwrap_or(c_int::MAX);
+        // SAFETY: `function` was loaded into this context.
+        let code = unsafe { (functions.cuFuncSetAttribute)(function, dynamic, left) };
+        self.driver.check("cuFuncSetAttribute", code)
     }
 
     /// Puts a launch into a stream.

@@ -327,7 +327,7 @@ fn matvec_tensor_geometry(
 
 /// Its dynamic shared memory: 256 entries of a table and as many lines of `x` between them, and
 /// what more of those there are, 128 bytes each; the nested codebook; and for two rounds of sixteen
-/// warps 16 sums for each row. A line has 64 columns, and of columns there are whole windows of 512.
+/// warps 16 sums for each row. A line has 64 columns, of which there are whole windows of 512.
 fn matvec_tensor_bytes(rows: u64, depth: u64) -> u64 {
     let lines = depth.div_ceil(512).saturating_mul(8 * rows);
     lines
@@ -360,7 +360,7 @@ pub fn matvec_tensor_takes(
 ) -> bool {
     capability >= AMPERE
         && depth > 0
-        && depth % block_size.clamp(1, 64) == 0
+        && depth.is_multiple_of(block_size.clamp(1, 64))
         && (columns.div_ceil(16) * 16).saturating_mul(depth / 32) <= u64::from(u32::MAX)
         && matvec_tensor_bytes(rows, depth) <= most_shared_bytes(capability)
 }

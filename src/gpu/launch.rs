@@ -3,7 +3,6 @@
 
 use std::ffi::CString;
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
 
 use super::cache::{Cache, Key};
 use super::driver::{Context, Function, driver};
@@ -12,15 +11,6 @@ use super::nvrtc::{Compiled, Compiler};
 use super::source::{Specialisation, translation_unit};
 use super::{GpuProblem, UnsupportedReason};
 use crate::{Error, Result};
-
-/// Dynamic shared memory that every kernel may have unasked.
-const DYNAMIC_BYTES_UNASKED: u32 = 48 << 10;
-
-/// The name of an architecture, such as `sm_80`.
-#[must_use]
-pub fn target(capability: u32) -> String {
-    format!("sm_{capability}")
-}
 
 /// Compiles a kernel file, whatever the cache holds.
 ///
@@ -34,22 +24,23 @@ pub fn compile(
 ) -> Result<Compiled, GpuProblem> {
     specialisation.check(file, capability)?;
     let source = translation_unit(file, specialisation);
-    compiler.compile(file.name, &source, &target(capability), file.options())
+    let target = compiler.target(capability);
+    compiler.compile(file.name, &source, target, file.options())
 }
 
-/// A kernel file's machine code, and what stands in the way of keeping it.
+/// A compiled kernel file, and what stands in the way of keeping it.
 #[derive(Debug)]
 pub struct Built {
-    /// The machine code.
-    pub cubin: Vec<u8>,
+    /// What the driver loads.
+    pub image: Vec<u8>,
     /// Whether it came from the cache.
     pub cached: bool,
     /// Why it could not be put there.
     pub not_kept: Option<Error>,
 }
 
-/// A kernel file's machine code, from the cache or, where it has none that is whole, compiled and
-/// put there.
+/// A compiled kernel file, from the cache or, where it has none that is whole, compiled and put
+/// there.
 ///
 /// # Errors
 /// As [`compile`].
@@ -61,25 +52,27 @@ pub fn build(
     capability: u32,
 ) -> Result<Built, GpuProblem> {
     specialisation.check(file, capability)?;
-    let (source, target) = (translation_unit(file, specialisation), target(capability));
+    let source = translation_unit(file, specialisation);
+    let target = compiler.target(capability);
+    let name = target.to_string();
     let key = Key {
         file: file.name,
         source: &source,
-        target: &target,
+        target: &name,
         options: file.options(),
         compiler: compiler.version(),
     };
-    if let Some(cubin) = cache.and_then(|cache| cache.get(&key)) {
+    if let Some(image) = cache.and_then(|cache| cache.get(&key)) {
         return Ok(Built {
-            cubin,
+            image,
             cached: true,
             not_kept: None,
         });
     }
-    let compiled = compiler.compile(file.name, &source, &target, file.options())?;
-    let not_kept = cache.and_then(|cache| cache.put(&key, &compiled.cubin).err());
+    let compiled = compiler.compile(file.name, &source, target, file.options())?;
+    let not_kept = cache.and_then(|cache| cache.put(&key, &compiled.image).err());
     Ok(Built {
-        cubin: compiled.cubin,
+        image: compiled.image,
         cached: false,
         not_kept,
     })
@@ -98,8 +91,6 @@ pub struct Program {
 struct Loaded {
     kernel: &'static Kernel,
     function: Function,
-    /// The dynamic shared memory that it was last allowed.
-    dynamic_bytes: Mutex<u32>,
 }
 
 impl Program {
@@ -134,15 +125,11 @@ impl Program {
             .collect::<Vec<_>>();
         let names = names.iter().map(CString::as_c_str).collect::<Vec<_>>();
         let functions = context
-            .load(&built.cubin, &names)
+            .load(&built.image, &names)
             .map_err(|error| error.in_kernel(file.name))?;
         let functions = kernels
             .zip(functions)
-            .map(|(kernel, function)| Loaded {
-                kernel,
-                function,
-                dynamic_bytes: Mutex::new(DYNAMIC_BYTES_UNASKED),
-            })
+            .map(|(kernel, function)| Loaded { kernel, function })
             .collect();
         let program = Self {
             file,
@@ -187,8 +174,6 @@ impl Program {
                 },
             });
         };
-        self.allow(loaded, geometry.dynamic_bytes)
-            .map_err(|error| error.in_kernel(kernel.name))?;
         // SAFETY: the function was loaded into this context and takes these parameters, by the
         // register; the rest is this function's own contract.
         unsafe {
@@ -202,19 +187,6 @@ impl Program {
     #[must_use]
     pub const fn card(&self) -> &Card {
         &self.context.card
-    }
-
-    fn allow(&self, loaded: &Loaded, dynamic_bytes: u32) -> Result<(), GpuProblem> {
-        let mut allowed = loaded
-            .dynamic_bytes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if dynamic_bytes > *allowed {
-            self.context
-                .allow_dynamic_bytes(loaded.function, dynamic_bytes)?;
-            *allowed = dynamic_bytes;
-        }
-        Ok(())
     }
 }
 

@@ -67,8 +67,8 @@ pub enum GpuProblem {
 
     /// The run-time compiler cannot be opened.
     #[error(
-        "NVRTC, which compiles the CUDA kernels, cannot be opened from {path} ({reason}); install a \
-         CUDA build of torch, which brings it, or set FOURBIT_NVRTC to the path of libnvrtc; \
+        "NVRTC, which compiles the CUDA kernels, cannot be used: {path} ({reason}); install a CUDA \
+         build of torch, which brings it, or set FOURBIT_NVRTC to the path of libnvrtc; \
          `fourbit doctor` says more"
     )]
     NvrtcMissing {

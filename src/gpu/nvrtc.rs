@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, c_char, c_int};
+use std::fmt;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr;
@@ -16,9 +17,12 @@ use super::library::{functions, open};
 const COMPILATION: u32 = 6;
 
 functions! {
-    /// The functions of NVRTC (NVRTC documentation, "User Interface").
+    /// The functions of NVRTC (NVRTC documentation, "User Interface"). All are in CUDA 11.2 and
+    /// later.
     Functions {
         nvrtcVersion(*mut c_int, *mut c_int);
+        nvrtcGetNumSupportedArchs(*mut c_int);
+        nvrtcGetSupportedArchs(*mut c_int);
         nvrtcCreateProgram(
             *mut nvrtcProgram,
             *const c_char,
@@ -31,8 +35,32 @@ functions! {
         nvrtcDestroyProgram(*mut nvrtcProgram);
         nvrtcGetCUBINSize(nvrtcProgram, *mut usize);
         nvrtcGetCUBIN(nvrtcProgram, *mut c_char);
+        nvrtcGetPTXSize(nvrtcProgram, *mut usize);
+        nvrtcGetPTX(nvrtcProgram, *mut c_char);
         nvrtcGetProgramLogSize(nvrtcProgram, *mut usize);
         nvrtcGetProgramLog(nvrtcProgram, *mut c_char);
+    }
+}
+
+/// The oldest CUDA whose compiler takes the kernels: before, it lacks `__builtin_bit_cast`.
+const OLDEST_MAJOR: u32 = 12;
+
+/// What a kernel is compiled for; printed as the compiler's option names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// Machine code of an architecture (10 major + minor), which cards of the same major and no
+    /// lower minor run.
+    Machine(u32),
+    /// Code that the driver compiles for the card, of this architecture or a later one.
+    Virtual(u32),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Machine(architecture) => write!(f, "sm_{architecture}"),
+            Self::Virtual(architecture) => write!(f, "compute_{architecture}"),
+        }
     }
 }
 
@@ -42,6 +70,8 @@ pub struct Compiler {
     functions: Functions,
     path: PathBuf,
     version: (u32, u32),
+    /// What it compiles for, ascending.
+    architectures: Vec<u32>,
     /// Never closed: it may have threads of its own.
     _library: ManuallyDrop<Library>,
 }
@@ -49,8 +79,9 @@ pub struct Compiler {
 /// What the compiler gives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compiled {
-    /// Machine code for one architecture, as an ELF file.
-    pub cubin: Vec<u8>,
+    /// What the driver loads: machine code, as an ELF file, or for [`Target::Virtual`] PTX, as text
+    /// that ends in a zero.
+    pub image: Vec<u8>,
     /// Warnings, and what the options asked for.
     pub log: String,
 }
@@ -74,10 +105,19 @@ impl Compiler {
         if status != 0 {
             return Err(missing(format!("error {status} of nvrtcVersion")));
         }
+        let version = (major.cast_unsigned(), minor.cast_unsigned());
+        if version.0 < OLDEST_MAJOR {
+            return Err(missing(format!(
+                "it is of CUDA {major}.{minor}, and the kernels need CUDA {OLDEST_MAJOR} or later"
+            )));
+        }
+        let architectures = supported(&functions)
+            .map_err(|status| missing(format!("error {status} of nvrtcGetSupportedArchs")))?;
         Ok(Self {
             functions,
             path: path.to_path_buf(),
-            version: (major.cast_unsigned(), minor.cast_unsigned()),
+            version,
+            architectures,
             _library: ManuallyDrop::new(library),
         })
     }
@@ -94,7 +134,14 @@ impl Compiler {
         &self.path
     }
 
-    /// Compiles a self-contained program for one architecture, such as `sm_80`.
+    /// What is best compiled for a card of this capability (10 major + minor), which may be newer
+    /// than the compiler.
+    #[must_use]
+    pub fn target(&self, capability: u32) -> Target {
+        best_target(&self.architectures, capability)
+    }
+
+    /// Compiles a self-contained program.
     ///
     /// # Errors
     /// [`GpuProblem::Compile`], with the compiler's log.
@@ -102,12 +149,12 @@ impl Compiler {
         &self,
         file: &str,
         source: &str,
-        target: &str,
+        target: Target,
         options: &[&str],
     ) -> Result<Compiled, GpuProblem> {
         let problem = |log: String| GpuProblem::Compile {
             file: file.to_owned(),
-            target: target.to_owned(),
+            target: target.to_string(),
             version: format!("{}.{}", self.version.0, self.version.1),
             log,
         };
@@ -142,13 +189,49 @@ impl Compiler {
                 )));
             }
         }
-        let cubin = program
-            .bytes(
-                self.functions.nvrtcGetCUBINSize,
-                self.functions.nvrtcGetCUBIN,
-            )
-            .map_err(|status| problem(format!("error {status} of nvrtcGetCUBIN")))?;
-        Ok(Compiled { cubin, log })
+        let f = &self.functions;
+        let (size, contents, name): (Size, Contents, _) = match target {
+            Target::Machine(_) => (f.nvrtcGetCUBINSize, f.nvrtcGetCUBIN, "nvrtcGetCUBIN"),
+            Target::Virtual(_) => (f.nvrtcGetPTXSize, f.nvrtcGetPTX, "nvrtcGetPTX"),
+        };
+        let image = program
+            .bytes(size, contents)
+            .map_err(|status| problem(format!("error {status} of {name}")))?;
+        Ok(Compiled { image, log })
+    }
+}
+
+fn supported(functions: &Functions) -> Result<Vec<u32>, u32> {
+    let mut count = 0;
+    // SAFETY: an integer to write to.
+    let status = unsafe { (functions.nvrtcGetNumSupportedArchs)(&raw mut count) };
+    if status != 0 {
+        return Err(status);
+    }
+    let mut found = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: as many integers to write to as the compiler has just said.
+    let status = unsafe { (functions.nvrtcGetSupportedArchs)(found.as_mut_ptr()) };
+    if status != 0 {
+        return Err(status);
+    }
+    let mut found: Vec<u32> = found.into_iter().map(c_int::cast_unsigned).collect();
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Of ascending architectures, the newest whose machine code the card runs; where its major is not
+/// among them, the newest that the driver can take further.
+fn best_target(architectures: &[u32], capability: u32) -> Target {
+    let mut older = architectures
+        .iter()
+        .rev()
+        .copied()
+        .filter(|one| *one <= capability);
+    match older.next() {
+        Some(newest) if newest / 10 == capability / 10 => Target::Machine(newest),
+        Some(newest) => Target::Virtual(newest),
+        // The compiler has dropped it, and says so.
+        None => Target::Machine(capability),
     }
 }
 
@@ -223,5 +306,29 @@ impl Drop for Program<'_> {
         // SAFETY: the handle came from `nvrtcCreateProgram` and is freed once. A failure would
         // leave memory behind, nothing worse.
         let _ = unsafe { (self.functions.nvrtcDestroyProgram)(&raw mut self.handle) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_newer_than_the_compiler_has_a_target() {
+        let known = [75, 80, 86, 90, 100, 120];
+        for (capability, expected) in [
+            (75, "sm_75"),
+            (86, "sm_86"),
+            (87, "sm_86"),
+            (89, "sm_86"),
+            (103, "sm_100"),
+            (121, "sm_120"),
+            (110, "compute_100"),
+            (130, "compute_120"),
+            (70, "sm_70"),
+        ] {
+            assert_eq!(best_target(&known, capability).to_string(), expected);
+        }
+        assert_eq!(best_target(&[], 80), Target::Machine(80));
     }
 }

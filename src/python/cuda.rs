@@ -55,7 +55,7 @@ pub(super) fn compile_kernel<'py>(
     let compiled = py
         .detach(|| launch::compile(compiler, file, &specialisation, capability))
         .map_err(|error| to_python(&error.into()))?;
-    Ok((PyBytes::new(py, &compiled.cubin), compiled.log))
+    Ok((PyBytes::new(py, &compiled.image), compiled.log))
 }
 
 /// As `compile_kernel`, through the cache. Returns the machine code and whether the cache had it.
@@ -84,7 +84,7 @@ pub(super) fn build_kernel<'py>(
         })
         .map_err(|error| to_python(&error.into()))?;
     warn_not_kept(py, built.not_kept.as_ref())?;
-    Ok((PyBytes::new(py, &built.cubin), built.cached))
+    Ok((PyBytes::new(py, &built.image), built.cached))
 }
 
 /// The cache's folder, its entries and their bytes. None where no folder is known.

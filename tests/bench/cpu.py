@@ -20,10 +20,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+# `cuda.py` beside this file would stand in the way of NVIDIA's Python package, which torch imports.
+FOLDER = Path(__file__).resolve().parent
+sys.path[:] = [str(FOLDER / "lib"), *(p for p in sys.path if Path(p).resolve() != FOLDER)]
 
-import fourbit
-from fourbit import _core
+import torch  # noqa: E402
+
+import fourbit  # noqa: E402
+from fourbit import _core  # noqa: E402
+from fourbit_bench import tables  # noqa: E402
 
 SHAPE = (4096, 11008)
 ROTATION = 8
@@ -298,21 +303,36 @@ def main() -> None:
         rows += quantize_rows((512, 1376) if small else SHAPE)
     if "convert" in options.only:
         rows += convert_rows(2 if small else 20)
-    print("| work | fourbit | bitsandbytes | ratio | goal | of copy bandwidth | peak memory |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        peak = (
-            f"{row['fourbit_peak_mib']:.0f} MiB against {row['bitsandbytes_peak_mib']:.0f}"
-            if "fourbit_peak_mib" in row
-            else ""
-        )
-        print(
-            f"| {row['row']} | {row['fourbit_ms']:.1f} ms | {row['bitsandbytes_ms']:.1f} ms "
-            f"| {row['ratio']:.1f}x | {row['goal']}x "
-            f"| {100 * float(str(row['bytes_per_second'])) / bandwidth:.0f}% | {peak} |"
-        )
+    columns = [
+        "work",
+        "fourbit",
+        "bitsandbytes",
+        "ratio",
+        "goal",
+        "of copy bandwidth",
+        "peak memory",
+    ]
+    print(tables.markdown(columns, (cells(row, bandwidth) for row in rows)))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        tables.write_json(options.json, machine, rows)
+
+
+def cells(row: dict[str, object], bandwidth: float) -> list[str]:
+    """A row's line of the table."""
+    peak = (
+        f"{row['fourbit_peak_mib']:.0f} MiB against {row['bitsandbytes_peak_mib']:.0f}"
+        if "fourbit_peak_mib" in row
+        else ""
+    )
+    return [
+        str(row["row"]),
+        f"{row['fourbit_ms']:.1f} ms",
+        f"{row['bitsandbytes_ms']:.1f} ms",
+        f"{row['ratio']:.1f}x",
+        f"{row['goal']}x",
+        f"{100 * float(str(row['bytes_per_second'])) / bandwidth:.0f}%",
+        peak,
+    ]
 
 
 if __name__ == "__main__":

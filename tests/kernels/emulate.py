@@ -4,11 +4,7 @@ The same ``.cu`` files that NVRTC compiles are compiled by the C++ compiler (``$
 several specialisations to a library. Buffers have guard zones: what a kernel writes outside of them
 fails, and what it reads there is NaN.
 
-What cannot run here, and is shown by NVRTC and on cards alone: the `#else` half of ``common.cuh``,
-"what is not plain C++". Those are the PTX bodies of `half_to_float`, `float_to_half`, `load_once`,
-`store_once`, `pack_pair`, `larger_pair`, `copy_async_16` with its commit and wait, `mma_16x8x16`
-and `load_matrix_x4`; their twins here compute what the PTX manual says of these instructions,
-except that sums of `mma_16x8x16` are rounded once, and that the bits of a NaN are not a card's.
+``README.md`` says what that shows and names what cannot run here.
 """
 
 from __future__ import annotations
@@ -67,6 +63,8 @@ class Specialisation:
     block_size: int = 64
     codebook: Codebook = field(default_factory=lambda: by_name("nf4"))
     double_quant: bool = False
+    # An architecture, as 10 major + minor, whose constants are wanted; else those of the newest.
+    capability: int | None = None
 
 
 def unavailable() -> str | None:
@@ -99,7 +97,10 @@ def definitions(specialisation: Specialisation) -> dict[str, str]:
     distinct = sorted({value + 0.0 for value in values if not math.isnan(value)})
     nested = reference.dynamic_map(signed=True).tolist()
     unsigned = reference.dynamic_map(signed=False).tolist()
-    return {
+    of_architecture = {}
+    if specialisation.capability is not None:
+        of_architecture["__CUDA_ARCH__"] = str(10 * specialisation.capability)
+    return of_architecture | {
         "ELEMENT": ELEMENTS[specialisation.dtype],
         "BLOCK_SIZE": str(specialisation.block_size),
         "CODE_BITS": str(book.code_bits),
@@ -116,12 +117,18 @@ def definitions(specialisation: Specialisation) -> dict[str, str]:
     }
 
 
+def _path(kernel_file: str) -> Path:
+    """Of ``cuda/``, or of this folder."""
+    path = SOURCES / f"{kernel_file}.cu"
+    return path if path.exists() else Path(__file__).with_name(path.name)
+
+
 def source(kernel_file: str, specialisation: Specialisation) -> str:
     """The whole translation unit of a kernel file, without includes."""
     lines = [f"#define {name} {text}" for name, text in definitions(specialisation).items()]
-    for name in ("common.cuh", f"{kernel_file}.cu"):
-        lines.append(f'#line 1 "cuda/{name}"')
-        for line in (SOURCES / name).read_text().splitlines():
+    for path in (SOURCES / "common.cuh", _path(kernel_file)):
+        lines.append(f'#line 1 "{path.relative_to(ROOT)}"')
+        for line in path.read_text().splitlines():
             kept = line not in ("#pragma once", '#include "common.cuh"')
             lines.append(line if kept else "")
     return "\n".join(lines) + "\n"
@@ -214,7 +221,7 @@ def load(
     """Compile a kernel file for several specialisations, into one library.
 
     Args:
-        kernel_file: its name in ``cuda/``, without the suffix.
+        kernel_file: its name in ``cuda/`` or this folder, without the suffix.
         specialisations: each gives one entry of the result.
         edit: changes the source first: for kernels that are wrong on purpose.
 
@@ -235,7 +242,7 @@ def load(
 
 
 def _names(kernel_file: str) -> list[str]:
-    lines = (SOURCES / f"{kernel_file}.cu").read_text().splitlines()
+    lines = _path(kernel_file).read_text().splitlines()
     starts = "FOURBIT_EMULATE("
     kernels = [line[len(starts) : -1] for line in lines if line.startswith(starts)]
     return [*kernels, *(f"emulate_{kernel}" for kernel in kernels)]

@@ -22,18 +22,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #define __global__ [[maybe_unused]]
 #define __device__
-#define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
@@ -175,7 +172,8 @@ template <class Work> inline void meet_warp(const char* what, Work work) {
 }
 
 // Gives every lane the value of lane `source`, or its own where there is none.
-template <class T> inline T shuffle(const char* what, std::uint32_t mask, T value, unsigned source) {
+template <class T>
+inline T shuffle(const char* what, std::uint32_t mask, T value, unsigned source) {
     static_assert(sizeof(T) <= 8, "at most 64 bits");
     if (mask != 0xffffffffu) fail("a shuffle of a part of the warp is not emulated");
     Warp& w = warp();
@@ -449,13 +447,9 @@ inline std::string launch(void (*kernel)(Parameters...), Dim3 grid, Dim3 block,
         return failure.c_str();                                                                  \
     }
 
-// --- CUDA's own functions -------------------------------------------------------------------------
+// --- CUDA's own functions -----------------------------------------------------------------------
 
 inline void __syncthreads() { emulator::synchronize_block(); }
-inline void __syncwarp(std::uint32_t mask = 0xffffffffu) {
-    if (mask != 0xffffffffu) emulator::fail("a barrier of a part of the warp is not emulated");
-    emulator::meet_warp("__syncwarp", [] {});
-}
 template <class T>
 inline T __shfl_sync(std::uint32_t mask, T value, int source, unsigned width = 32) {
     const unsigned from = emulator::lane() / width * width + unsigned(source) % width;
@@ -466,10 +460,6 @@ template <class T> inline T __shfl_xor_sync(std::uint32_t mask, T value, int wit
 }
 template <class T> inline T __shfl_down_sync(std::uint32_t mask, T value, unsigned by) {
     return emulator::shuffle("__shfl_down_sync", mask, value, emulator::lane() + by);
-}
-template <class T> inline T __shfl_up_sync(std::uint32_t mask, T value, unsigned by) {
-    const unsigned lane = emulator::lane();
-    return emulator::shuffle("__shfl_up_sync", mask, value, lane >= by ? lane - by : lane);
 }
 inline std::uint32_t __ballot_sync(std::uint32_t mask, bool predicate) {
     return emulator::ballot(mask, predicate);

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every kernel, for every architecture: what NVRTC says.
 
-``python tests/kernels/resources.py FILE`` writes the table of them; tests hold it to having no
-spills. No GPU is needed.
+``python tests/kernels/resources.py cuda/RESOURCES.md`` writes the table of them; tests hold it to
+having no spills. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from fourbit import _core, nvrtc
 from fourbit.codebook import Codebook
@@ -138,30 +139,64 @@ def all_usages(*, every: bool = True) -> list[Usage]:
         return [usage for request, log in logs for usage in usages(request, log)]
 
 
-def table(found: Iterable[Usage]) -> str:
-    """As Markdown: a line for each kernel and specialisation, a column for each architecture."""
+Rows: TypeAlias = dict[tuple[str, ...], dict[int, str]]
+
+
+def rows_of(found: Iterable[Usage]) -> Rows:
+    """The table's lines: for each kernel and specialisation, the cell of each architecture."""
+    rows: Rows = {}
+    for usage in found:
+        r = usage.request
+        double = "yes" if r.double_quant else "no"
+        key = (usage.kernel, r.dtype, str(r.block_size), str(r.code_bits), double)
+        star = "*" if usage.spill_bytes else ""
+        cell = f"{usage.registers} / {usage.shared_bytes}{star}"
+        rows.setdefault(key, {})[r.capability] = cell
+    return rows
+
+
+def compiler() -> str:
+    """The NVRTC at hand, as the table names it."""
     _, (major, minor) = nvrtc.load()
+    return f"NVRTC {major}.{minor}"
+
+
+def table(found: Iterable[Usage]) -> str:
+    """As Markdown, with the compiler in the first line."""
     lines = [
-        "# Registers and shared memory of the kernels",
+        f"# Registers and shared memory of the kernels, by {compiler()}",
         "",
-        f"By NVRTC {major}.{minor}: registers a thread / bytes of shared memory that the kernel",
-        "declares. A star marks a spill, of which there must be none.",
+        "Registers a thread / bytes of shared memory that the kernel declares (what a launch adds",
+        "stands in the kernels' files). A star would mark a spill; there is none. Every dtype is",
+        "compiled for every architecture; block sizes, widths of codes and plain scales for one.",
+        "",
+        "Made by `python tests/kernels/resources.py cuda/RESOURCES.md`: with NVRTC, without a GPU.",
         "",
         "| " + " | ".join([*COLUMNS, *(f"sm_{target}" for target in TARGETS)]) + " |",
         "|---" * (len(COLUMNS) + len(TARGETS)) + "|",
     ]
-    rows: dict[tuple[object, ...], dict[int, str]] = {}
-    for usage in found:
-        r = usage.request
-        double = "yes" if r.double_quant else "no"
-        key = (usage.kernel, r.dtype, r.block_size, r.code_bits, double)
-        star = "*" if usage.spill_bytes else ""
-        cell = f"{usage.registers} / {usage.shared_bytes}{star}"
-        rows.setdefault(key, {})[r.capability] = cell
-    for key, cells in rows.items():
-        columns = [*map(str, key), *(cells.get(target, "") for target in TARGETS)]
+    for key, cells in rows_of(found).items():
+        columns = [*key, *(cells.get(target, "") for target in TARGETS)]
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"
+
+
+def read(text: str) -> tuple[str, Rows]:
+    """What `table` wrote: the compiler, and the lines.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    first, *lines = text.splitlines()
+    _, by, made_by = first.partition(", by ")
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if line[:1] == "|"]
+    if not by or not cells or cells[0] != [*COLUMNS, *(f"sm_{target}" for target in TARGETS)]:
+        raise ValueError(f"no table of resources: {first!r}")
+    rows: Rows = {}
+    for line in cells[2:]:
+        key, of_targets = tuple(line[: len(COLUMNS)]), line[len(COLUMNS) :]
+        rows[key] = {t: cell for t, cell in zip(TARGETS, of_targets, strict=True) if cell}
+    return made_by, rows
 
 
 if __name__ == "__main__":

@@ -6,12 +6,44 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from fourbit import _core
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@cache
+def no_card() -> str | None:
+    """What tests marked ``cuda`` lack on this machine; None where they can run."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(0)
+    oldest = _core.OLDEST_CAPABILITY
+    if 10 * major + minor < oldest:
+        name, needed = torch.cuda.get_device_name(0), f"{oldest // 10}.{oldest % 10}"
+        return f"{name} has compute capability {major}.{minor}, and the kernels need {needed}"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked ``cuda`` with the reason, before any fixture of theirs looks for a card."""
+    if item.get_closest_marker("cuda") is not None and (reason := no_card()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _card_is_done(request):
+    """What a test's kernels do wrong is reported by that test, and not by a later one."""
+    yield
+    if request.node.get_closest_marker("cuda") is not None:
+        torch.cuda.synchronize()
 
 
 @pytest.fixture

@@ -52,3 +52,17 @@ def make(kind: str, shape, dtype: torch.dtype, generator: torch.Generator) -> to
     if kind == "sparse":
         return (normal * (torch.rand(shape, generator=generator) < 0.02)).to(dtype)
     raise ValueError(kind)
+
+
+def product_bound(operand: torch.Tensor, matrix: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """How far a product on a GPU may be from ``operand @ matrix + added``, in float64.
+
+    The weight, or its value before scaling, is rounded to the operand's dtype, sums are in float32
+    (a vendor's GEMM may round parts of a sum to the dtype instead), and the result is rounded once,
+    and once more where the bias is added afterwards.
+    """
+    unit = torch.finfo(operand.dtype).eps / 2
+    operand, matrix, added = operand.double(), matrix.double(), added.double()
+    size = operand.abs() @ matrix.abs() + added.abs()
+    exact = operand @ matrix + added
+    return (unit + matrix.shape[0] * 2**-24) * size + 2 * unit * exact.abs()

@@ -12,6 +12,7 @@ import fourbit
 from emulated_program import EmulatedProgram
 from fourbit import _core, cuda_ops, ops
 from fourbit.codebook import Codebook
+from tensors import product_bound
 
 if emulate.unavailable():
     pytest.skip(emulate.unavailable(), allow_module_level=True)
@@ -135,19 +136,15 @@ def test_products(dtype, rows, out_features, in_features):
     x = numbers(*rows, in_features, dtype=dtype)
     y = numbers(*rows, out_features, dtype=dtype)
     bias = numbers(out_features).to(dtype)
-    unit = torch.finfo(dtype).eps / 2
     for ours, operand, matrix, added in (
         (cuda_ops.linear(x, bias, *packed), x, dense.T, bias),
         (cuda_ops.linear(x, None, *packed), x, dense.T, torch.zeros(out_features)),
         (cuda_ops.linear_transposed(y, *packed), y, dense, torch.zeros(in_features)),
     ):
         exact = operand.double() @ matrix.double() + added.double()
-        # The weight, or its value before scaling, is rounded to the dtype, sums are in float32, and
-        # the result is rounded once, and once more where the bias is added afterwards.
-        size = operand.double().abs() @ matrix.double().abs() + added.double().abs()
-        bound = (unit + matrix.shape[0] * 2**-24) * size + 2 * unit * exact.abs()
         assert ours.dtype == dtype
         assert ours.shape == exact.shape
+        bound = product_bound(operand, matrix, added)
         assert bool(((ours.double() - exact).abs() <= bound).all())
 
 

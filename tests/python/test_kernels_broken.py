@@ -112,7 +112,11 @@ BROKEN = {
         "quantize", quantizes, GAPS, "CODE_BITS, !TIES_UPPER>", "CODE_BITS, TIES_UPPER>"
     ),
     "no barrier before decoding": Broken(
-        "dequantize", dequantizes, SMALL, "    __syncthreads();\n", ""
+        "dequantize",
+        dequantizes,
+        SMALL,
+        "    __syncthreads();\n\n    const auto scale_of",
+        "    const auto scale_of",
     ),
     "the last tile taken for a whole one": Broken(
         "dequantize", dequantizes, SMALL, "tile + TILE > count", "tile >= count"

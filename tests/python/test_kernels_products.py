@@ -50,9 +50,10 @@ class Weight:
         by_element = scales.double().repeat_interleave(block_size)[:count]
         self.exact = (values[codes.long()] * by_element).reshape(n, k)
 
-    def kernels(self, file, dtype):
+    def kernels(self, file, dtype, capability=None):
         book = by_name(self.codebook)
-        return load(file, Specialisation(dtype, self.block_size, book, self.double_quant))
+        options = (dtype, self.block_size, book, self.double_quant, capability)
+        return load(file, Specialisation(*options))
 
     def arguments(self):
         tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
@@ -319,22 +320,20 @@ def test_matvec_on_tensor_cores_has_no_bank_conflicts():
                         assert most_in_a_bank(read, 16) <= 1
 
 
-STAGES = 3
-
-
-def matmul(x, weight, *, rows, splits=1, bias=None, order=0, eager_copies=False):
+def matmul(x, weight, *, rows, splits=1, bias=None, order=0, eager_copies=False, capability=None):
     m, n = x.shape[0], weight.n
     tiles = (-(-n // 128), -(-m // rows))
     y = Buffer.empty(m * n, x.dtype)
     partial = Buffer.empty(splits * m * n, torch.float32)
     arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
-    weight.kernels("matmul", x.dtype).launch(
+    stages = 2 if capability == 75 else 3
+    weight.kernels("matmul", x.dtype, capability).launch(
         f"fourbit_matmul_{rows}",
         *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
         *((partial, arrived) if splits > 1 else (None, None)),
         *(m, n, weight.k, ctypes.c_uint32(splits)),
         grid=(*tiles, splits),
-        dynamic_bytes=32768 + STAGES * (7168 + 192 * rows),
+        dynamic_bytes=32768 + stages * (7168 + 192 * rows),
         order=order,
         eager_copies=eager_copies,
     )
@@ -384,19 +383,20 @@ def test_matmul_of_every_block_size(block_size, codebook, generator):
     assert_close(matmul(x, weight, rows=8), x, weight.exact, weight_is_rounded=True)
 
 
-def matmul_transposed(dy, weight, *, rows, splits=1, order=0, eager_copies=False):
+def matmul_transposed(dy, weight, *, rows, splits=1, order=0, eager_copies=False, capability=None):
     m, k = dy.shape[0], weight.k
     tiles = (-(-k // 128), -(-m // rows))
     dx = Buffer.empty(m * k, dy.dtype)
     partial = Buffer.empty(splits * m * k, torch.float32)
     arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
-    weight.kernels("matmul_transposed", dy.dtype).launch(
+    copies = 8 if capability == 75 else 16
+    weight.kernels("matmul_transposed", dy.dtype, capability).launch(
         f"fourbit_matmul_transposed_{rows}",
         *(Buffer(dy), *weight.arguments(), dx),
         *((partial, arrived) if splits > 1 else (None, None)),
         *(m, weight.n, k, ctypes.c_uint32(splits)),
         grid=(*tiles, splits),
-        dynamic_bytes=34816 + 32768 + 288 * rows,
+        dynamic_bytes=34816 + 128 * copies * 16 + 288 * rows,
         order=order,
         eager_copies=eager_copies,
     )
@@ -446,3 +446,28 @@ def test_transposed_product_of_every_block_size(block_size, codebook, generator)
     dy = numbers(3, 21, dtype=torch.bfloat16, generator=generator)
     dx = matmul_transposed(dy, weight, rows=8)
     assert_close(dx, dy, weight.exact.T, weight_is_rounded=True)
+
+
+@pytest.mark.parametrize("product", [matmul, matmul_transposed])
+@pytest.mark.parametrize("eager_copies", [False, True])
+@pytest.mark.parametrize(("rows", "splits"), [(8, 1), (16, 2), (32, 3)])
+def test_tensor_core_products_with_the_constants_of_turing(
+    product, rows, splits, eager_copies, generator
+):
+    """Two stages and eight copies of a table, as shared memory of sm_75 allows; its copies arrive
+    at once."""
+    weight = Weight(72, 352, generator, double_quant=True)
+    transposed = product is matmul_transposed
+    x = numbers(rows + 3, 72 if transposed else 352, dtype=torch.float16, generator=generator)
+    options = {"rows": rows, "splits": splits, "eager_copies": eager_copies, "capability": 75}
+    results = [product(x, weight, order=order, **options) for order in (0, 3, 6)]
+    exact = weight.exact.T if transposed else weight.exact
+    assert_close(results[0], x, exact, weight_is_rounded=True)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_turing_has_no_kernel_for_sixty_four_rows(generator):
+    weight = Weight(8, 32, generator)
+    x = numbers(64, 32, dtype=torch.float16, generator=generator)
+    with pytest.raises(AttributeError):
+        matmul(x, weight, rows=64, capability=75)

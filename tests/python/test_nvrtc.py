@@ -1,6 +1,7 @@
 """Every kernel is compiled by torch's own NVRTC for every architecture; no GPU is needed.
 
-The table of registers and shared memory is printed and written to ``target/kernel-resources.md``.
+The table of registers and shared memory is printed and written to ``target/kernel-resources.md``;
+that of all specialisations is kept in ``cuda/RESOURCES.md``.
 """
 
 import re
@@ -15,6 +16,7 @@ import resources
 from fourbit import _core, nvrtc
 
 ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "cuda" / "RESOURCES.md"
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,22 @@ def _compiler():
         pytest.skip(f"no NVRTC: {error}")
 
 
+def kernels(wanted: str, target: int) -> set[str]:
+    """What a file holds for an architecture."""
+    return {
+        name
+        for file, dtypes, _, of_file in _core.kernel_register()
+        for name, oldest, _ in of_file
+        if file == wanted and max(oldest, min(oldest for _, oldest in dtypes)) <= target
+    }
+
+
+def registered() -> set[tuple[str, int]]:
+    """Every kernel with every architecture that it is compiled for."""
+    files = [file for file, *_ in _core.kernel_register()]
+    return {(name, t) for t in resources.TARGETS for file in files for name in kernels(file, t)}
+
+
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_kernel_spills_on_any_architecture(every, capsys):
     found = resources.all_usages(every=every)
@@ -33,19 +51,30 @@ def test_no_kernel_spills_on_any_architecture(every, capsys):
         print(f"\n{table}")
     (ROOT / "target").mkdir(exist_ok=True)
     (ROOT / "target" / "kernel-resources.md").write_text(table)
-    for target in resources.TARGETS:
-        compiled = {usage.kernel for usage in found if usage.request.capability == target}
-        registered = {
-            name
-            for _, dtypes, _, kernels in _core.kernel_register()
-            for name, oldest, _ in kernels
-            if max(oldest, min(oldest for _, oldest in dtypes)) <= target
-        }
-        assert compiled == registered, f"sm_{target}"
+    compiled = {(usage.kernel, usage.request.capability) for usage in found}
+    assert compiled == registered()
     assert [usage for usage in found if usage.spill_bytes] == []
     # More would not fit a block of 256 threads twice into a multiprocessor's 65536.
     assert [usage for usage in found if usage.registers > 128] == []
     assert [usage for usage in found if usage.shared_bytes > 48 << 10] == []
+    made_by, kept = resources.read(KEPT.read_text())
+    if made_by == resources.compiler():
+        for key, cells in resources.rows_of(found).items():
+            of_kept = {target: kept[key].get(target) for target in cells}
+            assert cells == of_kept, f"{key}: make cuda/RESOURCES.md again, as its head says"
+
+
+def test_the_kept_table_has_every_kernel_and_no_spill():
+    _, kept = resources.read(KEPT.read_text())
+    assert {(key[0], target) for key, cells in kept.items() for target in cells} == registered()
+    for request in resources.requests(every=True):
+        double = "yes" if request.double_quant else "no"
+        key = (request.dtype, str(request.block_size), str(request.code_bits), double)
+        names = {
+            row[0] for row, cells in kept.items() if row[1:] == key and request.capability in cells
+        }
+        assert names >= kernels(request.file, request.capability), request
+    assert not [key for key, cells in kept.items() if any("*" in cell for cell in cells.values())]
 
 
 def cuobjdump() -> str:
@@ -81,10 +110,59 @@ def test_what_cannot_be_compiled_is_named():
         _core.compile_kernel("quantize", capability=70, dtype="float32")
     with pytest.raises(_core.CudaError, match=r"adamw: there is none for bfloat16"):
         _core.compile_kernel("adamw", capability=80, dtype="bfloat16")
-    with pytest.raises(_core.CudaError, match=r"quantize does not compile for sm_999.*NVRTC \d+"):
-        _core.compile_kernel("quantize", capability=999, dtype="float32")
     with pytest.raises(ValueError, match="no kernel file is named"):
         _core.compile_kernel("fft", capability=80, dtype="float32")
+
+
+def test_a_card_newer_than_the_compiler_is_given_what_its_driver_can_compile():
+    newest, _ = _core.compile_kernel("dequantize", capability=999, dtype="float32")
+    assert re.search(rb"\.version.*\.target sm_\d+.*\.entry fourbit_dequantize", newest, re.DOTALL)
+    assert newest.endswith(b"\0")
+    code, _ = _core.compile_kernel("dequantize", capability=87, dtype="float32")
+    assert code.startswith(b"\x7fELF")
+
+
+# Of all functions that are looked up, those that matter here.
+FAKE_NVRTC = """
+#include <stddef.h>
+#include <string.h>
+static const char LOG[] = "error: no such thing";
+int nvrtcVersion(int *major, int *minor) { *major = MAJOR; *minor = 8; return 0; }
+int nvrtcGetNumSupportedArchs(int *count) { *count = 2; return 0; }
+int nvrtcGetSupportedArchs(int *found) { found[0] = 90; found[1] = 80; return 0; }
+int nvrtcCreateProgram(void **p, const char *a, const char *b, int c, void *d, void *e) {
+    *p = p; return 0;
+}
+int nvrtcCompileProgram(void *p, int count, const char *const *options) { return 6; }
+int nvrtcDestroyProgram(void **p) { return 0; }
+int nvrtcGetProgramLogSize(void *p, size_t *size) { *size = sizeof LOG; return 0; }
+int nvrtcGetProgramLog(void *p, char *log) { memcpy(log, LOG, sizeof LOG); return 0; }
+int nvrtcGetCUBINSize(void *p, size_t *size) { return 1; }
+int nvrtcGetCUBIN(void *p, char *image) { return 1; }
+int nvrtcGetPTXSize(void *p, size_t *size) { return 1; }
+int nvrtcGetPTX(void *p, char *image) { return 1; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler cc")
+def test_what_the_compiler_refuses_is_told(monkeypatch, tmp_path):
+    said = {}
+    for major in (11, 13):
+        library = tmp_path / f"libnvrtc.so.{major}"
+        command = ["cc", "-shared", "-fPIC", f"-DMAJOR={major}", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=FAKE_NVRTC, check=True, text=True)
+        code = (
+            "from fourbit import _core, nvrtc\n"
+            "try:\n"
+            "    nvrtc.load()\n"
+            "    _core.compile_kernel('quantize', capability=89, dtype='float32')\n"
+            "except _core.CudaError as error: print(error)"
+        )
+        said[major] = in_fresh_process(code, **environment(monkeypatch, FOURBIT_NVRTC=str(library)))
+    assert "it is of CUDA 11.8, and the kernels need CUDA 12 or later" in said[11]
+    assert said[13] == (
+        "kernel file quantize does not compile for sm_80 with NVRTC 13.8: error: no such thing"
+    )
 
 
 def in_fresh_process(code: str, **environment: str) -> str:

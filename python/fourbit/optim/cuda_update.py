@@ -65,7 +65,10 @@ def _launch(
         parameters = [_parameter(update) for update in updates if update.values.numel()]
         written, tiles = _core.adamw_segments(parameters, first_tile=tiles, **options_of(group))
         segments += written
-    table = torch.frombuffer(segments, dtype=torch.uint8).to(device)
+    table = torch.frombuffer(segments, dtype=torch.uint8)
+    if device.type == "cuda":
+        # From other memory the copy would wait for the card.
+        table = table.pin_memory().to(device, non_blocking=True)
     flags = torch.zeros(count + 1, dtype=torch.int32, device=device)
     program = cuda_ops.general_program("adamw", device)
     stream = cuda_ops.stream_of(device)

@@ -1,0 +1,16 @@
+"""The bench of the CUDA path, by subject: what ``tests/bench/cuda.py`` runs.
+
+==============  ==================================================================================
+``timing``      calls side by side: events, graphs, buffers that rotate, medians
+``tables``      how figures are shown; ``tests/bench/cpu.py`` shows its own with it, too
+``report``      the card, rows, goals, and the table of them
+``weights``     the matrices that are measured, in 16 bits, in ours, in bitsandbytes' format
+``codes``       quantize and dequantize
+``products``    products of a few and of many rows, and with the transposed weight
+``training``    a QLoRA linear forward and backward, and what its LoRA side costs
+``optimizers``  AdamW
+``decode``      one token through the linear layers of a model of 8 billion parameters
+``step``        a training step of such a model, against transformers + PEFT + bitsandbytes
+``routes``      from how many rows on another kernel is the faster one
+==============  ==================================================================================
+"""
