@@ -117,6 +117,15 @@ __device__ __forceinline__ float normalise(float element, float inverse) {
     return inverse < 0.0f ? element * SUBNORMAL_LIFT * -inverse : element * inverse;
 }
 
+#ifdef CODEBOOK_VALUES
+// The value of a code. The compiler makes this a choice among constants, without a look into memory
+// that a block would wait for as it begins.
+__device__ __forceinline__ float value_of_code(u32 code) {
+    constexpr float VALUES[1 << CODE_BITS] = CODEBOOK_VALUES;
+    return VALUES[code];
+}
+#endif
+
 // A block scale from its value in the nested codebook, each operation rounded, whatever the
 // compiler may fuse elsewhere.
 __device__ __forceinline__ float decode_scale(float value, float nested_absmax, float offset) {
@@ -182,6 +191,9 @@ __device__ __forceinline__ u32 count_released(u32* counter) { return (*counter)+
 __device__ __forceinline__ Pack<float, 4> load_shared_by_blocks(const Pack<float, 4>* source) {
     emulator::check_aligned(source, 16);
     return *source;
+}
+__device__ __forceinline__ void load_once_if(Wide& value, const Wide* source, bool there) {
+    if (there) value = load_once(source);
 }
 __device__ __forceinline__ void store_wide(Wide* target, Wide value) {
     emulator::check_aligned(target, 16);
@@ -264,6 +276,16 @@ __device__ __forceinline__ Pack<float, 4> load_shared_by_blocks(const Pack<float
                  : "l"(source)
                  : "memory");
     return value;
+}
+
+// The same, where it is there, without a branch; else the value stays. The second-level cache may
+// bring the whole line: for rows that are read to their end, a part at a time.
+__device__ __forceinline__ void load_once_if(Wide& value, const Wide* source, bool there) {
+    asm volatile("{ .reg .pred there; setp.ne.u32 there, %5, 0;\n\t"
+                 "@there ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(value.words[0]), "+r"(value.words[1]), "+r"(value.words[2]),
+                   "+r"(value.words[3])
+                 : "l"(source), "r"(u32(there)));
 }
 
 // One access of all of T, whose alignment the address has.

@@ -1,5 +1,6 @@
 // y = x W^T + bias for a few rows of x: 1, 2, 4 or 8 in one pass over the packed weight, more in
-// several. For every dtype, N and K; the tensor cores' product (matmul.cu) is for more rows.
+// several. For every dtype, N and K; from sm_80 on, matvec_tensor.cu is for what it takes of bf16
+// and f16, and the tensor cores' product (matmul.cu) for more rows.
 //
 // Parameters of fourbit_matvec_<rows>:
 //   x              ELEMENT [m, k]
@@ -14,25 +15,29 @@
 // Values and scales are in single precision, as are the sums; the result is rounded once. The order
 // of a sum depends on k and the kernel alone.
 //
-// Launch: block 256; grid (ceil(n / 16), ceil(m / rows)); dynamic shared memory 65,536 bytes, which
-// every card from sm_75 on has: 32 KiB of table and 32 KiB of x.
+// Launch: block 256; grid (ceil(n / 16), ceil(m / rows)); dynamic shared memory 32 KiB of table and
+// at most 32 KiB of x: rows x 1024 x sizeof(ELEMENT) bytes for every 1024 columns or part of them.
 //
 // Floor: 0.5 bytes a weight for codes and 1 / BLOCK_SIZE (with DOUBLE_QUANT) or 4 / BLOCK_SIZE
 // bytes for scales, read once. Rows m 1 to 8 share that one pass.
 // Why it should be reached: a warp has two rows of W; a lane reads 16 bytes, 32 codes, of each and
 // asks for the next before it uses them, so a block has 8 KiB under way beside the 8 that it works
-// on, and three blocks of an H100 processor 24 KiB of the former, where 18 are needed.
+// on, and three blocks of an H100 processor 24 KiB of the former, where 18 are needed. The first
+// are asked for before the table is filled and x is read, which a lane does by four reads at once.
 // Two codes, a byte, take one look into a table of pairs in shared memory, which stands there 16
 // times, once for each bank pair: no look meets another's bank. x lies in shared memory in the
-// order in which lanes read it, so those reads have no conflicts either.
-// Counted for bf16, one row, double quantization: a lane's 64 codes take 291 instructions on sm_80
-// and 304 on sm_90, of which 66 multiply-adds, 40 shared reads and 58 shifts and masks for
-// addresses: 4.5 and 4.8 a code. A warp's 2048 codes so take 73 and 76 cycles of issue and 80 of
-// shared memory, and the memory 73 cycles of an H100, 79 of an A100 and 340 of an RTX 4090. On the
-// large cards all three come out near each other, and on an H100 shared memory may hold the kernel
-// to nine tenths of the memory's speed. More rows add to the instructions: 686 for 4 and 1188
-// (sm_90 1216) for 8, of which 512 multiply-adds; these bind on the large cards, at two and one
-// quarter of the memory's speed, and matmul.cu does better.
+// order in which lanes read it, moved so that neither reads nor the writes of whole granules have
+// conflicts (a test computes it).
+// Counted for bf16, one row, double quantization: a lane's 64 codes take 300 instructions on sm_80
+// and 317 on sm_90, of which 66 multiply-adds, 40 shared reads and 65 shifts and masks for
+// addresses: 4.7 and 5.0 a code. A warp's 2048 codes so take 75 and 79 cycles of issue and 80 of
+// shared memory, and the memory 73 cycles of an H100, 79 of an A100, 51 of an H200 (4.8 TB/s) and
+// 340 of an RTX 4090. On an A100 and an H100 all three come out near each other, and at best nine
+// tenths of the memory's speed is left; besides, where k is 4096 a block's start, table and x, has
+// some 240 instructions a thread beside the 1,270 of its loop. More rows add to the
+// instructions: 693 (sm_90 712) for 4 and 1203 (1237) for 8, of which 512 multiply-adds; these bind
+// on the large cards, at two fifths and a quarter of the memory's speed. An RTX 4090 has room for
+// 21 instructions a code.
 //
 // Where k is no multiple of 32, rows of W begin anywhere in the stream of codes. Codes are then
 // read by the same aligned 16 bytes, of which lanes leave out what is another row's.
@@ -42,6 +47,7 @@ static_assert(CODE_BITS == 4, "two codes a byte");
 static_assert(BLOCK_SIZE % 32 == 0, "a chunk has one scale");
 
 constexpr u32 WARPS = 8;
+constexpr u32 THREADS = WARPS * WARP;
 // Rows of W of a warp.
 constexpr u32 ROWS = 2;
 // Codes that a lane, and a warp, take at a time.
@@ -54,18 +60,23 @@ constexpr u32 TABLE_COPIES = 16;
 constexpr u32 TABLE_BYTES = 256 * TABLE_COPIES * 8;
 constexpr u32 X_BYTES = 32768;
 
-static __device__ const float CODEBOOK[16] = CODEBOOK_VALUES;
-
 struct alignas(8) ValuePair {
     float first;
     float second;
 };
 
-// The values of both codes of every byte; copy c of byte b is number 16 b + c.
+// The values of both codes of every byte; copy c of byte b is number 16 b + c. A thread writes one
+// byte's copies, two at a time, each thread of eight beginning with another pair of copies: the
+// 16 bytes that eight lanes write together lie in different banks.
 __device__ __forceinline__ void fill_table(ValuePair* table) {
-    for (u32 i = threadIdx.x; i < 256 * TABLE_COPIES; i += WARPS * WARP) {
-        const u32 byte = i / TABLE_COPIES;
-        table[i] = {CODEBOOK[byte >> 4], CODEBOOK[byte & 15]};
+    static_assert(THREADS == 256, "a thread has a byte");
+    const u32 byte = threadIdx.x;
+    const float value = value_of_code(byte & 15);
+    const ValuePair both{__shfl_sync(ALL_LANES, value, int(byte >> 4)), value};
+    auto* pairs = reinterpret_cast<Pack<ValuePair, 2>*>(table + byte * TABLE_COPIES);
+#pragma unroll
+    for (u32 i = 0; i < TABLE_COPIES / 2; ++i) {
+        pairs[(i + byte) % (TABLE_COPIES / 2)] = {both, both};
     }
 }
 
@@ -80,47 +91,74 @@ __device__ __forceinline__ ValuePair look_up(const u8* table, u32 word, u32 whic
 template <u32 M> struct Columns {
     static constexpr u32 COUNT = X_BYTES / (M * sizeof(ELEMENT));
     static_assert(COUNT % WINDOW == 0, "whole windows");
+    static constexpr u32 WINDOW_GRANULES = WINDOW / GRANULE;
+    // Granules that a thread reads before it writes them.
+    static constexpr u32 AT_ONCE = 4;
 
     using Granule = Pack<ELEMENT, GRANULE>;
     Granule* granules;
 
-    __device__ __forceinline__ static u32 place(u32 granule) {
-        const u32 in_window = granule % (WINDOW / GRANULE);
-        return granule - in_window + in_window % GRANULES * WARP + in_window / GRANULES;
+    // Of granule j of lane l, within those of all lanes. Threads that follow each other bring one
+    // lane's granules 0 to 7: were l their place, those would lie in the same bank. As it is, 128
+    // bytes that are written together lie in all banks, and so do 128 that are read.
+    __device__ __forceinline__ static u32 swizzled(u32 lane, u32 j) {
+        return lane ^ (16 / u32(sizeof(Granule)) * j);
+    }
+
+    __device__ __forceinline__ static u32 place(u32 row, u32 granule) {
+        const u32 in_window = granule % WINDOW_GRANULES;
+        const u32 j = in_window % GRANULES, lane = in_window / GRANULES;
+        return (granule / WINDOW_GRANULES * M + row) * WINDOW_GRANULES + j * WARP +
+               swizzled(lane, j);
     }
 
     // Rows from `first_row` on and columns from `first` on; zeros beyond the ends.
     __device__ __forceinline__ void fill(const ELEMENT* x, i64 m, i64 k, i64 first_row, i64 first) {
         const u32 used = u32(min(i64(COUNT), k - first));
-        const u32 windows = (used + WINDOW - 1) / WINDOW;
-        const u32 count = windows * (WINDOW / GRANULE);
+        const u32 count = (used + WINDOW - 1) / WINDOW * WINDOW_GRANULES;
         const bool wide = k % GRANULE == 0 && reinterpret_cast<u64>(x) % sizeof(Granule) == 0;
 #pragma unroll 1
         for (u32 row = 0; row < M; ++row) {
             const bool there = first_row + row < m;
             const ELEMENT* source = x + (first_row + row) * k + first;
-            for (u32 i = threadIdx.x; i < count; i += WARPS * WARP) {
-                Granule granule{};
-                const u32 start = i * GRANULE;
-                if (there && wide && start < used) {
-                    granule = *reinterpret_cast<const Granule*>(source + start);
-                } else if (there) {
+if (there && wide) {
+#pragma unroll 1
+                for (u32 i = threadIdx.x; i < count; i += AT_ONCE * THREADS) {
+                    Granule read[AT_ONCE] = {};
 #pragma unroll
-                    for (u32 e = 0; e < GRANULE; ++e) {
-                        if (start + e < used) granule.elements[e] = source[start + e];
+                    for (u32 a = 0; a < AT_ONCE; ++a) {
+                        const u32 start = (i + a * THREADS) * GRANULE;
+                        if (start < used) {
+                            read[a] = *reinterpret_cast<const Granule*>(source + start);
+                        }
+                    }
+#pragma unroll
+                    for (u32 a = 0; a < AT_ONCE; ++a) {
+                        const u32 granule = i + a * THREADS;
+                        if (granule < count) granules[place(row, granule)] = read[a];
                     }
                 }
-                granules[row * (COUNT / GRANULE) + place(i)] = granule;
+            } else {
+#pragma unroll 1
+                for (u32 i = threadIdx.x; i < count; i += THREADS) {
+                    Granule granule{};
+#pragma unroll
+                    for (u32 e = 0; e < GRANULE; ++e) {
+                        const u32 column = i * GRANULE + e;
+                        if (there && column < used) granule.elements[e] = source[column];
+                    }
+                    granules[place(row, i)] = granule;
+                }
             }
         }
     }
 
     __device__ __forceinline__ Granule granule(u32 row, u32 window, u32 lane, u32 j) const {
-        return granules[row * (COUNT / GRANULE) + window * (WINDOW / GRANULE) + j * WARP + lane];
+        return granules[(window * M + row) * WINDOW_GRANULES + j * WARP + swizzled(lane, j)];
     }
 
     __device__ __forceinline__ float number(u32 row, u32 column) const {
-        const Granule& g = granules[row * (COUNT / GRANULE) + place(column / GRANULE)];
+        const Granule& g = granules[place(row, column / GRANULE)];
         return to_float(g.elements[column % GRANULE]);
     }
 };
@@ -158,7 +196,7 @@ struct Chunks {
 template <u32 M>
 __device__ __forceinline__ void sum_aligned(float (&sums)[ROWS][M], const Weight& weight,
                                             const ELEMENT* x, i64 m, i64 first_x, i64 first_row,
-                                            const u8* table, Columns<M> columns) {
+                                            u8* table, Columns<M> columns) {
     const u32 lane = threadIdx.x % WARP;
     const u32 mine = lane % TABLE_COPIES * sizeof(ValuePair);
     const float offset = weight.scales.offset();
@@ -186,6 +224,8 @@ __device__ __forceinline__ void sum_aligned(float (&sums)[ROWS][M], const Weight
     };
     u32 chunk = lane;
     Chunks next = fetch(chunk);
+    // While those are on their way.
+    fill_table(reinterpret_cast<ValuePair*>(table));
     for (i64 begin = 0; begin < weight.k; begin += Columns<M>::COUNT) {
         if (begin) __syncthreads();
         columns.fill(x, m, weight.k, first_x, begin);
@@ -241,10 +281,11 @@ __device__ __forceinline__ void sum_aligned(float (&sums)[ROWS][M], const Weight
 template <u32 M>
 __device__ __forceinline__ void sum_any(float (&sums)[ROWS][M], const Weight& weight,
                                         const ELEMENT* x, i64 m, i64 first_x, i64 first_row,
-                                        const u8* table, Columns<M> columns) {
+                                        u8* table, Columns<M> columns) {
     const u32 lane = threadIdx.x % WARP;
     const u32 mine = lane % TABLE_COPIES * sizeof(ValuePair);
     const float offset = weight.scales.offset();
+    fill_table(reinterpret_cast<ValuePair*>(table));
     for (i64 begin = 0; begin < weight.k; begin += Columns<M>::COUNT) {
         if (begin) __syncthreads();
         columns.fill(x, m, weight.k, first_x, begin);
@@ -295,7 +336,6 @@ __device__ __forceinline__ void matvec(const ELEMENT* x, const Weight& weight, c
                                        ELEMENT* y, i64 m) {
     u8* table = dynamic_shared();
     const Columns<M> columns{reinterpret_cast<typename Columns<M>::Granule*>(table + TABLE_BYTES)};
-    fill_table(reinterpret_cast<ValuePair*>(table));
     const u32 lane = threadIdx.x % WARP;
     const i64 first_row = (i64(blockIdx.x) * WARPS + threadIdx.x / WARP) * ROWS;
     const i64 first_x = i64(blockIdx.y) * M;
@@ -325,7 +365,7 @@ __device__ __forceinline__ void matvec(const ELEMENT* x, const Weight& weight, c
 
 // So many blocks fit a processor's shared memory, and must fit its registers.
 #define MATVEC(rows)                                                                           \
-    extern "C" __global__ void __launch_bounds__(WARPS* WARP, rows < 4 ? 3 : 2)                \
+    extern "C" __global__ void __launch_bounds__(THREADS, rows < 4 ? 3 : 2)                \
         fourbit_matvec_##rows(                                                                 \
         const ELEMENT* x, const u8* packed, const void* absmax, const f32* nested_absmax,      \
         const f32* nested_offset, const ELEMENT* bias, ELEMENT* y, i64 m, i64 n, i64 k) {      \

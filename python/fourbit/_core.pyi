@@ -44,6 +44,7 @@ __all__ = [
     "kernel_register",
     "kernel_source",
     "load_nvrtc",
+    "matvec_tensor_takes",
     "product_cut",
     "quantize",
     "quantize_absmax",
@@ -116,6 +117,9 @@ def product_cut(
     capability: int,
     processors: int,
 ) -> tuple[int, int, int]: ...
+def matvec_tensor_takes(
+    *, rows: int, columns: int, depth: int, block_size: int, capability: int
+) -> bool: ...
 def raise_non_finite(index: int, value: float) -> NoReturn: ...
 def raise_scale_overflow() -> NoReturn: ...
 def load_nvrtc(path: str | PathLike[str]) -> tuple[Path, tuple[int, int]]: ...

@@ -226,11 +226,14 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
 
 # --- products -----------------------------------------------------------------------------------
 
-# Rows of the input that the kernels of matvec.cu, matmul.cu and matmul_transposed.cu take at once.
+# Rows of the input that the kernels of matvec.cu, matvec_tensor.cu, and matmul.cu with
+# matmul_transposed.cu take at once.
 _MATVEC_ROWS = (1, 2, 4, 8)
+_MATVEC_TENSOR_ROWS = (1, 2, 4)
 _TENSOR_ROWS = (8, 16, 32, 64)
 _TENSOR_ROWS_BEFORE_SM80 = _TENSOR_ROWS[:-1]
-# Where tensor cores can, they take over from so many rows: bitsandbytes' rule on its own kernels.
+# Where tensor cores can, matmul.cu takes over after so many rows: bitsandbytes' rule on its own
+# kernels, and more than matvec_tensor.cu has.
 _MATVEC_BEFORE_TENSOR = 4
 # Above so many rows decoding the weight once, for the vendor's GEMM, costs less than decoding it
 # for each tile of rows: bitsandbytes' measured crossover on an H100.
@@ -349,14 +352,28 @@ def _pointers(tensors: Iterable[Tensor | None]) -> list[int]:
 def _matvec(
     x: Tensor, bias: Tensor | None, parts: _Parts, layout: _Layout, output: Tensor, rows: int
 ) -> None:
+    """Launch `matvec`, or `matvec_tensor` where it takes this product."""
     codebook, block_size, out_features, in_features = layout
     codes, scales = _weight_pointers(*parts, codebook, block_size, out_features * in_features)
+    device, double_quant = _ordinal(x.device), parts[2] is not None
     at_once = next(number for number in _MATVEC_ROWS if number >= rows)
-    double_quant = parts[2] is not None
-    program = _program("matvec", _ordinal(x.device), x.dtype, block_size, codebook, double_quant)
+    on_tensor_cores = (
+        at_once in _MATVEC_TENSOR_ROWS
+        and x.dtype != torch.float32
+        and x.data_ptr() % _ALIGNMENT == 0
+        and _core.matvec_tensor_takes(
+            rows=at_once,
+            columns=out_features,
+            depth=in_features,
+            block_size=block_size,
+            capability=_capability(device),
+        )
+    )
+    kernel = "matvec_tensor" if on_tensor_cores else "matvec"
+    program = _program(kernel, device, x.dtype, block_size, codebook, double_quant)
     pointers = _pointers((x, codes, *scales, bias, output))
     program.launch(
-        f"fourbit_matvec_{at_once}",
+        f"fourbit_{kernel}_{at_once}",
         stream_of(x.device),
         (*pointers, rows, out_features, in_features),
     )

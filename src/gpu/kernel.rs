@@ -7,6 +7,31 @@ use crate::element::Dtype;
 /// The oldest architecture: torch's own packages leave out older ones.
 pub const OLDEST: u32 = 75;
 
+/// The first architecture with asynchronous copies, more than 64 KiB of shared memory, and tensor
+/// cores for bf16.
+pub const AMPERE: u32 = 80;
+
+/// Bytes of shared memory of a multiprocessor, of which a block may have all but
+/// [`reserved`] (CUDA Programming Guide, "Compute Capabilities", "Technical Specifications").
+pub(super) const fn shared_bytes(capability: u32) -> u32 {
+    (match capability {
+        0..80 => 64,
+        80 | 87 => 164,
+        90..120 => 228,
+        _ => 100,
+    }) << 10
+}
+
+/// Bytes of it that the system takes for each block.
+pub(super) const fn reserved(capability: u32) -> u32 {
+    if capability < AMPERE { 0 } else { 1 << 10 }
+}
+
+/// Bytes of shared memory that a block can have.
+pub(super) const fn block_bytes(capability: u32) -> u32 {
+    shared_bytes(capability) - reserved(capability)
+}
+
 /// A file of `cuda/`.
 #[derive(Debug)]
 pub struct File {

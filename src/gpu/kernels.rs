@@ -2,7 +2,8 @@
 //! take and how they are launched stands here and nowhere else. What the parameters mean stands in
 //! the files.
 
-use super::kernel::{Arguments, Card, File, Geometry, GeometryOf, Kernel, Kind, OLDEST, Parameter};
+use super::kernel::{Arguments, Card, File, Geometry, Kernel, Kind, OLDEST, Parameter};
+use super::matvec::{MATVEC, MATVEC_TENSOR};
 use super::products::{MATMUL, MATMUL_TRANSPOSED};
 use super::source::Specialisation;
 use super::{ArgumentProblem, GpuProblem};
@@ -17,6 +18,7 @@ pub static FILES: &[File] = &[
     DOUBLE_QUANT,
     DEQUANTIZE,
     MATVEC,
+    MATVEC_TENSOR,
     MATMUL,
     MATMUL_TRANSPOSED,
     ADAMW,
@@ -47,7 +49,7 @@ macro_rules! parameters {
 pub(super) use parameters;
 
 /// All dtypes, on all cards.
-const ALL_DTYPES: &[(Dtype, u32)] = &[
+pub(super) const ALL_DTYPES: &[(Dtype, u32)] = &[
     (Dtype::F32, OLDEST),
     (Dtype::F16, OLDEST),
     (Dtype::Bf16, OLDEST),
@@ -214,56 +216,6 @@ const DEQUANTIZE: File = File {
         geometry: elementwise_geometry,
     }],
 };
-
-// --- products -----------------------------------------------------------------------------------
-
-const MATVEC: File = File {
-    name: "matvec",
-    text: include_str!("../../cuda/matvec.cu"),
-    exact: false,
-    dtypes: ALL_DTYPES,
-    code_bits: &[4],
-    kernels: &[
-        matvec("fourbit_matvec_1", |a, _, _| matvec_geometry(a, 1)),
-        matvec("fourbit_matvec_2", |a, _, _| matvec_geometry(a, 2)),
-        matvec("fourbit_matvec_4", |a, _, _| matvec_geometry(a, 4)),
-        matvec("fourbit_matvec_8", |a, _, _| matvec_geometry(a, 8)),
-    ],
-};
-
-const fn matvec(name: &'static str, geometry: GeometryOf) -> Kernel {
-    Kernel {
-        name,
-        oldest: OLDEST,
-        parameters: parameters![
-            x: Pointer,
-            packed: Pointer,
-            absmax: Pointer,
-            nested_absmax: OptionalPointer,
-            nested_offset: OptionalPointer,
-            bias: OptionalPointer,
-            y: Pointer,
-            m: Count,
-            n: Count,
-            k: Count,
-        ],
-        geometry,
-    }
-}
-
-/// Sixteen outputs a block, two a warp, for so many rows of `x`; a table of pairs of values and
-/// rows of `x` in dynamic shared memory.
-fn matvec_geometry(arguments: &Arguments, rows: u64) -> Result<Option<Geometry>, ArgumentProblem> {
-    grid(
-        [
-            arguments.get("n").div_ceil(16),
-            arguments.get("m").div_ceil(rows),
-            1,
-        ],
-        256,
-        64 << 10,
-    )
-}
 
 // --- AdamW --------------------------------------------------------------------------------------
 

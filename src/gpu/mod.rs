@@ -7,6 +7,7 @@
 //! | [`adamw`] | what the optimizer's kernel is told of the parameters |
 //! | [`kernel`] | what is known of a kernel, and arguments checked against it |
 //! | [`kernels`] | the register: each kernel's file, parameters, options and launch geometry |
+//! | [`matvec`] | the part of it that is products of a few rows |
 //! | [`products`] | the part of it that is products on tensor cores, and how their sums are cut |
 //! | `library` | shared libraries, opened when they are first needed |
 //! | [`nvrtc`] | NVIDIA's run-time compiler |
@@ -14,7 +15,7 @@
 //! | [`driver`] | the few functions of the CUDA driver that launching takes |
 //! | [`launch`] | compiled kernels, loaded into torch's context and launched |
 //!
-//! The first five are there in every build; the others need the feature `cuda`, which links
+//! The first six are there in every build; the others need the feature `cuda`, which links
 //! nothing: the driver and the compiler are opened at run time, and where they are missing, that
 //! is an error of the call that needs them.
 
@@ -29,6 +30,7 @@ pub mod kernels;
 pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
+pub mod matvec;
 #[cfg(feature = "cuda")]
 pub mod nvrtc;
 pub mod products;

@@ -1,15 +1,14 @@
 //! The products on tensor cores in the register of kernels, and how their sums are cut.
 
 use super::ArgumentProblem;
-use super::kernel::{Arguments, Card, File, Geometry, GeometryOf, Kernel, Kind, OLDEST, Parameter};
+use super::kernel::{
+    AMPERE, Arguments, Card, File, Geometry, GeometryOf, Kernel, Kind, OLDEST, Parameter, reserved,
+    shared_bytes,
+};
 use super::kernels::{MOST_BLOCKS, grid, parameters};
 use super::source::Specialisation;
 use crate::BlockSize;
 use crate::element::Dtype;
-
-/// The first architecture with asynchronous copies, more than 64 KiB of shared memory, and tensor
-/// cores for bf16.
-const AMPERE: u32 = 80;
 
 /// Those that tensor cores take.
 const TENSOR_DTYPES: &[(Dtype, u32)] = &[(Dtype::F16, OLDEST), (Dtype::Bf16, AMPERE)];
@@ -22,22 +21,6 @@ const TENSOR_COLUMNS: u64 = 128;
 pub const COUNTER_SLOTS: u32 = 16;
 /// See [`COUNTER_SLOTS`].
 pub const SLOT_COUNTERS: u32 = 512;
-
-/// Bytes of shared memory of a multiprocessor, of which a block may have all but
-/// [`reserved`] (CUDA Programming Guide, "Compute Capabilities", "Technical Specifications").
-const fn shared_bytes(capability: u32) -> u32 {
-    (match capability {
-        0..80 => 64,
-        80 | 87 => 164,
-        90..120 => 228,
-        _ => 100,
-    }) << 10
-}
-
-/// Bytes of it that the system takes for each block.
-const fn reserved(capability: u32) -> u32 {
-    if capability < AMPERE { 0 } else { 1 << 10 }
-}
 
 /// Of shared memory that a kernel declares itself, rounded up.
 const STATIC_BYTES: u32 = 128;

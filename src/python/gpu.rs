@@ -9,6 +9,7 @@ use super::quantize::Codebook;
 use crate::element::Dtype;
 use crate::gpu::kernel::{Card, File, Value};
 use crate::gpu::kernels::{self, FILES};
+use crate::gpu::matvec;
 use crate::gpu::products::{self, Product, Shape};
 use crate::gpu::source::{Specialisation, translation_unit};
 use crate::{BlockSize, Error, codebook};
@@ -125,6 +126,19 @@ pub(super) fn product_cut(
     let block_size = BlockSize::new(block_size).map_err(|error| to_python(&error))?;
     let cut = products::cut(product, &shape, block_size, &card);
     Ok((cut.splits, cut.tiles, cut.partial))
+}
+
+/// Whether `fourbit_matvec_tensor_<rows>` takes such a weight on such a card.
+#[pyfunction]
+#[pyo3(signature = (*, rows, columns, depth, block_size, capability))]
+pub(super) fn matvec_tensor_takes(
+    rows: u64,
+    columns: u64,
+    depth: u64,
+    block_size: u64,
+    capability: u32,
+) -> bool {
+    matvec::matvec_tensor_takes(rows, columns, depth, block_size, capability)
 }
 
 /// Raises the error of a tensor whose element of that index is not finite.

@@ -35,8 +35,8 @@ mod _core {
     use super::errors::{CheckpointError, CudaError, NonFiniteError};
     #[pymodule_export]
     use super::gpu::{
-        kernel_geometry, kernel_register, kernel_source, product_cut, raise_non_finite,
-        raise_scale_overflow,
+        kernel_geometry, kernel_register, kernel_source, matvec_tensor_takes, product_cut,
+        raise_non_finite, raise_scale_overflow,
     };
     #[pymodule_export]
     use super::optimizer::{adamw_segments, adamw8_step, adamw32_step};

@@ -129,7 +129,7 @@ def weight(out_features=48, in_features=200, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [(), (3,), (2, 4), (2, 9), (64,), (70,), (0,)])
-@pytest.mark.parametrize(("out_features", "in_features"), [(48, 200), (40, 544)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 200), (40, 576)])
 def test_products(dtype, rows, out_features, in_features):
     """The second shape is one of tensor cores, whose sums are cut in two."""
     dense, packed = weight(out_features, in_features)
@@ -164,8 +164,11 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "dtype", "expected"),
     [
-        (1, torch.bfloat16, "matvec_1"),
-        (3, torch.bfloat16, "matvec_4"),
+        (1, torch.bfloat16, "matvec_tensor_1"),
+        (2, torch.float16, "matvec_tensor_2"),
+        (3, torch.bfloat16, "matvec_tensor_4"),
+        (4, torch.float16, "matvec_tensor_4"),
+        (1, torch.float32, "matvec_1"),
         (5, torch.bfloat16, "matmul_8"),
         (17, torch.bfloat16, "matmul_32"),
         (64, torch.bfloat16, "matmul_64"),
@@ -200,15 +203,61 @@ def test_few_rows_of_odd_widths_take_the_kernel_of_32(launched):
 
 def test_cards_before_sm80_have_fewer_kernels(launched, monkeypatch):
     monkeypatch.setattr(cuda_ops, "_capability", lambda device: 75)
-    _, packed = weight(40, 544)
+    _, packed = weight(40, 576)
     for rows, dtype, expected in (
         (32, torch.float16, "matmul_32"),
         (33, torch.float16, "dequantize"),
         (8, torch.bfloat16, "matvec_8"),
         (9, torch.bfloat16, "dequantize"),
+        (4, torch.float16, "matvec_4"),
     ):
-        cuda_ops.linear(numbers(rows, 544, dtype=dtype), None, *packed)
+        cuda_ops.linear(numbers(rows, 576, dtype=dtype), None, *packed)
         assert launched.pop() == f"fourbit_{expected}"
+
+
+def test_what_few_rows_on_tensor_cores_need(launched):
+    """Groups of 64 columns, and addresses that are multiples of 16."""
+    x = numbers(1, 576, dtype=torch.bfloat16)
+    cuda_ops.linear(x, None, *weight(40, 576)[1])
+    assert launched.pop() == "fourbit_matvec_tensor_1"
+    cuda_ops.linear(x[:, :544], None, *weight(40, 544)[1])
+    assert launched.pop() == "fourbit_matvec_1"
+    moved = torch.empty(577, dtype=torch.bfloat16)[1:].reshape(1, 576)
+    moved.copy_(x)
+    cuda_ops.linear(moved, None, *weight(40, 576)[1])
+    assert launched.pop() == "fourbit_matvec_1"
+
+
+@pytest.mark.parametrize(
+    ("rows", "most"),
+    [
+        # Lines of 64 columns that fit besides table, nested codebook and sums, in windows of 512.
+        (1, {75: 0, 80: 65536, 86: 32768, 89: 32768, 90: 98304, 100: 98304, 120: 32768}),
+        (2, {75: 0, 80: 32256, 86: 15872, 89: 15872, 90: 48640, 100: 48640, 120: 15872}),
+        (4, {75: 0, 80: 15360, 86: 7168, 89: 7168, 90: 23552, 100: 23552, 120: 7168}),
+    ],
+)
+def test_how_many_columns_few_rows_on_tensor_cores_may_have(rows, most):
+    for capability, depth in most.items():
+
+        def takes(depth, block_size=64, columns=4096, capability=capability):
+            return _core.matvec_tensor_takes(
+                rows=rows,
+                columns=columns,
+                depth=depth,
+                block_size=block_size,
+                capability=capability,
+            )
+
+        assert takes(depth) == (depth > 0)
+        assert not takes(depth + 64)
+        assert not takes(0)
+        if depth:
+            assert not takes(96)
+            assert takes(96, block_size=32)
+            assert not takes(80, block_size=32)
+            assert takes(128, columns=2**30 - 16)
+            assert not takes(128, columns=2**30)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])

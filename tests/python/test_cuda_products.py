@@ -22,8 +22,9 @@ pytestmark = pytest.mark.cuda
 
 # On both sides of every number of rows that some kernel takes at once.
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 32, 63, 64, 65, 200)
-# Aligned for every kernel; in part; not at all; and sums long enough to be cut into parts.
-SHAPES = [(384, 1056), (40, 544), (129, 333), (48, 8192)]
+# Aligned for every kernel; in part; not at all; more tiles of 16 than multiprocessors; and sums
+# that are long enough to be cut into parts.
+SHAPES = [(384, 1088), (40, 544), (129, 333), (4099, 576), (48, 8192)]
 
 
 def weight(out_features, in_features, **options):

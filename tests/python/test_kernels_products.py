@@ -82,6 +82,18 @@ def assert_close(y, x, weight, bias=None, *, weight_is_rounded):
     assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound"
 
 
+def geometry(file, kernel, dtype, *, m, n, k, processors=3):
+    """As the register has it, for a kernel that takes ten arguments: seven pointers, m, n and k."""
+    launch = _core.kernel_geometry(
+        *(file, kernel, [256] * 7 + [m, n, k]),
+        capability=80,
+        processors=processors,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    grid, block, dynamic_bytes = launch
+    return {"grid": tuple(grid), "block": block, "dynamic_bytes": dynamic_bytes}
+
+
 def matvec(x, weight, *, rows, bias=None, order=0):
     m, n = x.shape[0], weight.n
     y = Buffer.empty(m * n, x.dtype)
@@ -89,8 +101,7 @@ def matvec(x, weight, *, rows, bias=None, order=0):
         f"fourbit_matvec_{rows}",
         *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
         *(m, n, weight.k),
-        grid=(-(-n // 16), -(-m // rows)),
-        dynamic_bytes=65536,
+        **geometry("matvec", f"fourbit_matvec_{rows}", x.dtype, m=m, n=n, k=weight.k),
         order=order,
     )
     return y.tensor().reshape(m, n)
@@ -150,7 +161,8 @@ def test_matvec_of_misaligned_rows(generator):
     y = Buffer.empty(12, torch.bfloat16)
     arguments = (Buffer(x, misaligned_by=2), *weight.arguments(), None, y, 2, 6, 64)
     kernels = weight.kernels("matvec", torch.bfloat16)
-    kernels.launch("fourbit_matvec_2", *arguments, dynamic_bytes=65536)
+    launch = geometry("matvec", "fourbit_matvec_2", x.dtype, m=2, n=6, k=64)
+    kernels.launch("fourbit_matvec_2", *arguments, **launch)
     assert_close(y.tensor().reshape(2, 6), x, weight.exact, weight_is_rounded=False)
 
 
@@ -158,6 +170,155 @@ def test_products_without_columns_are_the_bias(generator):
     bias = numbers(5, dtype=torch.float32, generator=generator)
     weight = Weight(5, 0, generator)
     assert torch.equal(matvec(torch.empty(2, 0), weight, rows=2, bias=bias), bias.expand(2, 5))
+
+
+def most_in_a_bank(offsets, size):
+    """Of lanes that access `size` bytes at these offsets in shared memory: how many words of one
+    bank a pass takes at most. A pass is the lanes that make up 128 bytes."""
+    passes = [offsets[i : i + 128 // size] for i in range(0, len(offsets), 128 // size)]
+    worst = 0
+    for lanes in passes:
+        words = {offset // 4 + word for offset in lanes for word in range(size // 4)}
+        worst = max(worst, max(sum(w % 32 == bank for w in words) for bank in range(32)))
+    return worst
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_matvec_has_no_bank_conflicts(element_bytes):
+    """Of the places that `Columns` gives to granules of four numbers, written and read."""
+    size = 4 * element_bytes
+
+    def offset(lane, j):
+        return (j * 32 + (lane ^ 16 // size * j)) * size
+
+    everywhere = {offset(lane, j) for lane in range(32) for j in range(8)}
+    assert everywhere == set(range(0, 256 * size, size))
+    for j in range(8):
+        assert most_in_a_bank([offset(lane, j) for lane in range(32)], size) == 1
+    for first in range(0, 256, 32):
+        written = [offset(i // 8, i % 8) for i in range(first, first + 32)]
+        assert most_in_a_bank(written, size) == 1
+
+
+def matvec_tensor(x, weight, *, rows, bias=None, order=0, eager_copies=False, processors=3):
+    m, n = x.shape[0], weight.n
+    y = Buffer.empty(m * n, x.dtype)
+    kernel = f"fourbit_matvec_tensor_{rows}"
+    weight.kernels("matvec_tensor", x.dtype).launch(
+        kernel,
+        *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
+        *(m, n, weight.k),
+        **geometry("matvec_tensor", kernel, x.dtype, m=m, n=n, k=weight.k, processors=processors),
+        order=order,
+        eager_copies=eager_copies,
+    )
+    return y.tensor().reshape(m, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(
+    ("m", "rows", "n", "k"),
+    [
+        (1, 1, 1, 64),
+        (1, 1, 33, 1024 + 192),  # windows of which the last is a stretch and a half
+        (2, 2, 19, 512),
+        (1, 2, 17, 320),
+        (4, 4, 16, 448),
+        (3, 4, 49, 64),  # sixteen windows of a round are sixteen tiles
+        (3, 1, 5, 128),  # three passes
+    ],
+)
+def test_matvec_on_tensor_cores_of_odd_shapes(m, rows, n, k, double_quant, dtype, generator):
+    weight = Weight(n, k, generator, double_quant=double_quant)
+    x, bias = (numbers(*s, dtype=dtype, generator=generator) for s in [(m, k), (n,)])
+    y = matvec_tensor(x, weight, rows=rows, bias=bias)
+    assert_close(y, x, weight.exact, bias, weight_is_rounded=True)
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "n", "k"),
+    [
+        (1, 1, 70, 1536),  # rounds that end within a tile
+        (1, 1, 3, 9216),  # a tile of more windows than a round
+        (1, 1, 2, 16448),  # more columns than there are places between the table's entries
+        (4, 4, 2, 4160),
+        (2, 2, 37, 576),
+        (4, 4, 37, 576),
+    ],
+)
+def test_matvec_on_tensor_cores_is_the_same_in_every_order_and_on_every_card(
+    m, rows, n, k, generator
+):
+    weight = Weight(n, k, generator, double_quant=True)
+    x = numbers(m, k, dtype=torch.bfloat16, generator=generator)
+    y = matvec_tensor(x, weight, rows=rows)
+    assert_close(y, x, weight.exact, weight_is_rounded=True)
+    for order, eager_copies, processors in [
+        (1, True, 1),
+        (2, False, 2),
+        (3, True, 5),
+        (6, False, 1),
+    ]:
+        options = {"order": order, "eager_copies": eager_copies, "processors": processors}
+        assert torch.equal(matvec_tensor(x, weight, rows=rows, **options), y)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_matvec_on_tensor_cores_of_every_block_size(rows, block_size, codebook, generator):
+    """Of blocks that begin within a row, and of groups that are not there."""
+    options = {"block_size": block_size, "codebook": codebook}
+    k = 608 if block_size == 32 else 704
+    weight = Weight(21, k, generator, double_quant=True, **options)
+    x = numbers(rows, k, dtype=torch.bfloat16, generator=generator)
+    assert_close(matvec_tensor(x, weight, rows=rows), x, weight.exact, weight_is_rounded=True)
+
+
+def test_numbers_that_are_not_finite_stay_in_their_row(generator):
+    weight = Weight(20, 704, generator)
+    x = numbers(4, 704, dtype=torch.bfloat16, generator=generator)
+    expected = matvec_tensor(x, weight, rows=4)
+    x[1, 100], x[2, 700] = torch.nan, torch.inf
+    y = matvec_tensor(x, weight, rows=4)
+    assert not y[1].isfinite().any()
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[::3], expected[::3])
+
+
+def test_matvec_on_tensor_cores_has_no_bank_conflicts():
+    """Of the places that look-ups, the table's fill, and pieces of x have, written and read."""
+
+    def place(piece, row, line):
+        return (line + min(line + 1, 256)) * 128 + (piece ^ (row ^ line) & 1) * 16
+
+    lanes = range(32)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        bytes_ = torch.randint(256, (32,), generator=generator).tolist()
+        assert most_in_a_bank([byte << 8 | lane * 4 for lane, byte in enumerate(bytes_)], 4) == 1
+    for i in range(4):
+        threads = range(96, 128)
+        entries = [t // 2 * 256 + t % 2 * 64 + (i + t // 2) % 4 * 16 for t in threads]
+        assert most_in_a_bank(entries, 16) == 1
+    for row_lines in (8, 24, 300):
+        written = [place(i % 8, 1, row_lines + i // 8) for i in range(32)]
+        assert most_in_a_bank(written, 16) == 1
+        for rows in (1, 2, 4):
+            for groups in (2, 4):  # of a stretch: blocks of 64 and more, of 32
+                at_once = min(rows, 8 // groups)
+                for piece in range(4):
+                    # Of each quarter of a warp, those that read.
+                    for quarter in range(4):
+                        read = []
+                        for lane in lanes[quarter * 8 : quarter * 8 + 8]:
+                            row, slot = lane // 4 % at_once, lane // 4 // at_once
+                            t = lane % 4
+                            if t * groups // 4 == slot % groups:
+                                line = row * row_lines + slot // groups * 2 + t // 2
+                                read.append(place(t % 2 * 4 + piece, row, line))
+                        assert most_in_a_bank(read, 16) <= 1
 
 
 def launch(weight, kernel, capability, *arguments, dtype, **options):
