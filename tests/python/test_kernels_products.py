@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 # Code 0, which is what memory of zeros holds, is undefined and so NaN.
 LATE = Codebook({9 + i: (i - 3) / 3 for i in range(7)}, name="late")
 CODEBOOKS = ("nf4", "fp4", "int4", LATE.name)
+# The same of code 15, which is what memory behind a buffer's end holds.
+EARLY = Codebook({i: (i - 3) / 3 for i in range(7)}, name="early")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SINGLE = 2.0**-24  # half a unit in the last place of float32
 HALF_UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: SINGLE}
@@ -48,6 +50,9 @@ class Weight:
         if codebook == LATE.name:  # without the codes that it does not have
             codes = codes.long().clamp(min=9).to(torch.uint8)
             self.packed = reference.pack(codes, 4, 9)
+        if codebook == EARLY.name:
+            codes = codes.long().clamp(max=6).to(torch.uint8)
+            self.packed = reference.pack(codes, 4, 6)
         by_element = scales.double().repeat_interleave(block_size)[:count]
         self.exact = (values[codes.long()] * by_element).reshape(n, k)
 
@@ -239,11 +244,11 @@ def test_matvec_on_tensor_cores_of_odd_shapes(m, rows, n, k, double_quant, dtype
 @pytest.mark.parametrize(
     ("m", "rows", "n", "k"),
     [
-        (1, 1, 70, 1536),  # rounds that end within a tile
+        (1, 1, 190, 1536),  # rounds that end within a tile, three on a card of one processor
         (1, 1, 3, 9216),  # a tile of more windows than a round
         (1, 1, 2, 16448),  # more columns than there are places between the table's entries
         (4, 4, 2, 4160),
-        (2, 2, 37, 576),
+        (2, 2, 110, 1216),  # after a window of a stretch and a half, a whole one
         (4, 4, 37, 576),
     ],
 )
@@ -258,6 +263,7 @@ def test_matvec_on_tensor_cores_is_the_same_in_every_order_and_on_every_card(
         (1, True, 1),
         (2, False, 2),
         (3, True, 5),
+        (3, False, 1),
         (6, False, 1),
     ]:
         options = {"order": order, "eager_copies": eager_copies, "processors": processors}
@@ -272,6 +278,14 @@ def test_matvec_on_tensor_cores_of_every_block_size(rows, block_size, codebook, 
     options = {"block_size": block_size, "codebook": codebook}
     k = 608 if block_size == 32 else 704
     weight = Weight(21, k, generator, double_quant=True, **options)
+    x = numbers(rows, k, dtype=torch.bfloat16, generator=generator)
+    assert_close(matvec_tensor(x, weight, rows=rows), x, weight.exact, weight_is_rounded=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(("block_size", "k"), [(32, 544), (64, 576)])
+def test_matvec_on_tensor_cores_uses_nothing_behind_the_end(rows, block_size, k, generator):
+    weight = Weight(16, k, generator, block_size=block_size, codebook=EARLY.name)
     x = numbers(rows, k, dtype=torch.bfloat16, generator=generator)
     assert_close(matvec_tensor(x, weight, rows=rows), x, weight.exact, weight_is_rounded=True)
 
