@@ -70,7 +70,7 @@
 // memory binds for all. On a B200 shared memory binds from 8 rows on, at 59 percent. To that come,
 // for each wave of blocks, the wait for the first stage and the table (a microsecond or two), and
 // the same once more for adding up splits. All of this is reckoned; none was measured.
-#include "common.cuh"
+#include "product.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
 static_assert(BLOCK_SIZE % 32 == 0, "a chunk has one scale");

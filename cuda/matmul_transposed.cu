@@ -52,7 +52,7 @@
 // at half of the memory's speed for 8 rows and a quarter for 64: the decoded tile goes through it
 // once in and once out, and every warp reads all of dy's. There the floor is not reached. On an
 // RTX 4090 the memory binds.
-#include "common.cuh"
+#include "product.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
 static_assert(BLOCK_SIZE % 32 == 0, "a chunk has one scale");

@@ -41,7 +41,7 @@
 //
 // Where k is no multiple of 32, rows of W begin anywhere in the stream of codes. Codes are then
 // read by the same aligned 16 bytes, of which lanes leave out what is another row's.
-#include "common.cuh"
+#include "product.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
 static_assert(BLOCK_SIZE % 32 == 0, "a chunk has one scale");

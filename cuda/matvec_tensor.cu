@@ -67,7 +67,7 @@
 // it would be 5 %, beside the 16,400 of 7 tiles (n = 14336) 2 %.
 // Where tiles do not divide among processors, those that have more find more of the bandwidth at
 // the end, and can use twice their share.
-#include "common.cuh"
+#include "product.cuh"
 
 static_assert(CODE_BITS == 4, "two codes a byte");
 static_assert(BLOCK_SIZE % 32 == 0, "a chunk has one scale");

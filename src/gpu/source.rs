@@ -29,8 +29,12 @@ use crate::codebook::Ties;
 use crate::element::Dtype;
 use crate::{BlockSize, Codebook};
 
-/// What stands before every kernel.
-const COMMON: &str = include_str!("../../cuda/common.cuh");
+/// The headers, each after those that it includes itself. The first stands before every kernel, and
+/// another before those that include it.
+const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("product.cuh", include_str!("../../cuda/product.cuh")),
+];
 
 /// What a kernel is compiled for.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,13 +54,16 @@ pub struct Specialisation {
 pub fn translation_unit(file: &File, specialisation: &Specialisation) -> String {
     let mut text = specialisation.definitions();
     let own = format!("{}.cu", file.name);
-    for (name, contents) in [("common.cuh", COMMON), (own.as_str(), file.text)] {
+    let headers = HEADERS.into_iter().filter(|(name, _)| {
+        *name == HEADERS[0].0 || file.text.contains(&format!("#include \"{name}\""))
+    });
+    for (name, contents) in headers.chain([(own.as_str(), file.text)]) {
         // Compilers then name the file and its own line.
         text.push_str("#line 1 \"cuda/");
         text.push_str(name);
         text.push_str("\"\n");
         for line in contents.lines() {
-            if !matches!(line, "#pragma once" | "#include \"common.cuh\"") {
+            if line != "#pragma once" && !line.starts_with("#include \"") {
                 text.push_str(line);
             }
             text.push('\n');

@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,12 +129,19 @@ def _path(kernel_file: str) -> Path:
 def source(kernel_file: str, specialisation: Specialisation) -> str:
     """The whole translation unit of a kernel file, without includes."""
     lines = [f"#define {name} {text}" for name, text in definitions(specialisation).items()]
-    for path in (SOURCES / "common.cuh", _path(kernel_file)):
+    for path in _with_headers(_path(kernel_file)):
         lines.append(f'#line 1 "{path.relative_to(ROOT)}"')
         for line in path.read_text().splitlines():
-            kept = line not in ("#pragma once", '#include "common.cuh"')
+            kept = line != "#pragma once" and not line.startswith('#include "')
             lines.append(line if kept else "")
     return "\n".join(lines) + "\n"
+
+
+def _with_headers(path: Path) -> list[Path]:
+    """A file after the headers that it includes, and they."""
+    included = re.findall(r'^#include "(.+)"$', path.read_text(), re.MULTILINE)
+    headers = [header for name in included for header in _with_headers(SOURCES / name)]
+    return [*dict.fromkeys(headers), path]
 
 
 # --- libraries ----------------------------------------------------------------------------------
