@@ -19,7 +19,7 @@
 //
 // Launch: block 512; grid (min(ceil(n / 16), processors), ceil(m / rows)); dynamic shared memory
 // 128 max(512, 256 + lines) + 1,024 + 2,048 rows bytes, where lines = 8 rows ceil(k / 512): 68,608
-// for one row up to k = 16,384. All of x must fit: `matvec_tensor_takes` in src/gpu/kernels.rs.
+// for one row up to k = 16,384. All of x must fit: `matvec_tensor_takes` in src/gpu/matvec.rs.
 //
 // Floor: 0.5 bytes a weight for codes and 1 / BLOCK_SIZE or 4 / BLOCK_SIZE for scales, read once.
 //
