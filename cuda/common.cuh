@@ -117,15 +117,6 @@ __device__ __forceinline__ float normalise(float element, float inverse) {
     return inverse < 0.0f ? element * SUBNORMAL_LIFT * -inverse : element * inverse;
 }
 
-#ifdef CODEBOOK_VALUES
-// The value of a code. The compiler makes this a choice among constants, without a look into memory
-// that a block would wait for as it begins.
-__device__ __forceinline__ float value_of_code(u32 code) {
-    constexpr float VALUES[1 << CODE_BITS] = CODEBOOK_VALUES;
-    return VALUES[code];
-}
-#endif
-
 // A block scale from its value in the nested codebook, each operation rounded, whatever the
 // compiler may fuse elsewhere.
 __device__ __forceinline__ float decode_scale(float value, float nested_absmax, float offset) {

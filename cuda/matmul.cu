@@ -365,8 +365,8 @@ template <u32 M>
 __device__ __forceinline__ void matmul(const Problem& problem, const Output<ELEMENT>& output) {
     using S = Stage<M>;
     u8* const shared = dynamic_shared();
-    // As many as the launch has room for; at least two.
-    const u32 stages = min((dynamic_bytes() - TABLES_BYTES) / S::BYTES, MOST_STAGES);
+    // As many as the launch has room for; every launch has it for two.
+    const u32 stages = max(min((dynamic_bytes() - TABLES_BYTES) / S::BYTES, MOST_STAGES), 2u);
     const u32 behind = TABLES_BYTES + stages * S::BYTES;
     const i64 first_row = i64(blockIdx.x) * BLOCK_ROWS, first_x = i64(blockIdx.y) * M;
     const Loader<M> loader(problem, first_row, first_x);

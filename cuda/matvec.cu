@@ -65,6 +65,13 @@ struct alignas(8) ValuePair {
     float second;
 };
 
+// The value of a code. The compiler makes this a choice among constants, without a look into memory
+// that a block would wait for as it begins.
+__device__ __forceinline__ float value_of_code(u32 code) {
+    constexpr float VALUES[1 << CODE_BITS] = CODEBOOK_VALUES;
+    return VALUES[code];
+}
+
 // The values of both codes of every byte; copy c of byte b is number 16 b + c. A thread writes one
 // byte's copies, two at a time, each thread of eight beginning with another pair of copies: the
 // 16 bytes that eight lanes write together lie in different banks.
@@ -121,7 +128,7 @@ template <u32 M> struct Columns {
         for (u32 row = 0; row < M; ++row) {
             const bool there = first_row + row < m;
             const ELEMENT* source = x + (first_row + row) * k + first;
-if (there && wide) {
+            if (there && wide) {
 #pragma unroll 1
                 for (u32 i = threadIdx.x; i < count; i += AT_ONCE * THREADS) {
                     Granule read[AT_ONCE] = {};

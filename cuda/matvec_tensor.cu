@@ -97,6 +97,8 @@ constexpr u32 LINE_PIECES = LINE / 16;
 constexpr u32 ENTRIES = 256;
 constexpr u32 NESTED_BYTES = 1024;
 
+static __device__ const float CODEBOOK[16] = CODEBOOK_VALUES;
+
 // Of line `line` of x, the offset.
 __device__ __forceinline__ u32 place_of_line(u32 line) {
     return (line + min(line + 1, ENTRIES)) * LINE;
@@ -111,10 +113,10 @@ __device__ __forceinline__ u32 place_of_piece(u32 piece, u32 row, u32 line) {
 // Both values of every byte, the first in the lower half, once for each bank. A thread writes half
 // of an entry, 16 bytes at a time, each of four neighbouring entries from another place on: what
 // eight lanes write together lies in different banks.
-__device__ __forceinline__ void fill_table(u8* table) {
+// `value` is that of code threadIdx.x % 16.
+__device__ __forceinline__ void fill_table(u8* table, float value) {
     static_assert(THREADS == 2 * ENTRIES, "a thread has half an entry");
     const u32 byte = threadIdx.x / 2, half = threadIdx.x % 2;
-    const float value = value_of_code(threadIdx.x % 16);
     const float first = __shfl_sync(ALL_LANES, value, int(byte >> 4));
     const float second = __shfl_sync(ALL_LANES, value, int(byte & 15));
     const u32 both = pack_pair<ELEMENT>(first, second);
@@ -287,6 +289,7 @@ template <u32 M> __device__ __forceinline__ void matvec_tensor(Problem problem) 
         source.read(fetched, problem.scales);
     }
     // All else while those are on their way.
+    const float value = CODEBOOK[threadIdx.x % 16], nested_value = NESTED_TABLE[threadIdx.x % 256];
     const i64 first_x = i64(blockIdx.y) * M;
     const u32 rows = u32(min(i64(M), problem.m - first_x));
     problem.x += first_x * problem.k;
@@ -302,8 +305,8 @@ template <u32 M> __device__ __forceinline__ void matvec_tensor(Problem problem) 
     }
     copy_async_commit();
     const float offset = problem.scales.offset();
-    fill_table(table);
-    if (DOUBLE_QUANT && threadIdx.x < 256) nested[threadIdx.x] = NESTED_TABLE[threadIdx.x];
+    fill_table(table, value);
+    if (DOUBLE_QUANT && threadIdx.x < 256) nested[threadIdx.x] = nested_value;
     copy_async_wait<0>();
     __syncthreads();
 

@@ -58,6 +58,8 @@ def _ordinal(device: torch.device) -> int:
 
 def _is_capturing(device: torch.device) -> bool:
     """Whether the stream that `stream_of` gives captures, be the device the current one or not."""
+    if _ordinal(device) == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

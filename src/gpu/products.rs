@@ -13,6 +13,9 @@ use crate::element::Dtype;
 /// Those that tensor cores take.
 const TENSOR_DTYPES: &[(Dtype, u32)] = &[(Dtype::F16, OLDEST), (Dtype::Bf16, AMPERE)];
 
+/// Rows of the result that a block of the tensor-core products may have.
+pub const TILE_ROWS: [u32; 4] = [8, 16, 32, 64];
+
 /// Columns of the result that a block of the tensor-core products has.
 const TENSOR_COLUMNS: u64 = 128;
 
@@ -50,7 +53,7 @@ pub struct Cut {
 pub struct Shape {
     /// Of the result.
     pub rows: u64,
-    /// Of these, how many a block takes.
+    /// Of these, how many a block takes: one of [`TILE_ROWS`].
     pub tile_rows: u32,
     /// Of the result.
     pub columns: u64,

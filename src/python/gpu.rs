@@ -113,6 +113,13 @@ pub(super) fn product_cut(
             return Err(PyValueError::new_err(message));
         }
     };
+    if !products::TILE_ROWS.contains(&tile_rows) {
+        let message = format!(
+            "tile_rows is {tile_rows}; use one of {:?}",
+            products::TILE_ROWS
+        );
+        return Err(PyValueError::new_err(message));
+    }
     let shape = Shape {
         rows,
         tile_rows,

@@ -347,6 +347,20 @@ def test_counters_are_a_tensor_of_zeros_where_no_slot_is_safe(why, counted, monk
     assert all(arrived for arrived, _ in counted)
 
 
+def test_cuts_of_tiles_that_no_kernel_has_are_refused():
+    with pytest.raises(ValueError, match=r"tile_rows is 12; use one of \[8, 16, 32, 64\]"):
+        _core.product_cut(
+            "matmul",
+            rows=12,
+            tile_rows=12,
+            columns=64,
+            depth=64,
+            block_size=64,
+            capability=90,
+            processors=132,
+        )
+
+
 def test_parts_of_the_wrong_size_dtype_or_place_are_named():
     _, packed = weight()
     x = numbers(2, 200)
