@@ -30,9 +30,8 @@
 // 52 and 61 cycles of issue and 37 of shared memory with its shuffles, and the memory 178 cycles
 // of an H100, 192 of an A100 and 826 of an RTX 4090: it is the memory that binds. f32: 123 and
 // 148 for 16 elements, 37 cycles, and the memory 160.
-#include "common.cuh"
+#include "vector.cuh"
 
-using Element = ELEMENT;
 #if DOUBLE_QUANT
 using Scale = u8;
 #else
@@ -43,27 +42,12 @@ constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / WARP;
 // Vectors of 16 bytes that a lane writes; all are decoded together.
 constexpr u32 VECTORS = 4;
-constexpr u32 LANE_ELEMENTS = 16 / sizeof(Element);
-constexpr u32 WARP_ELEMENTS = WARP * LANE_ELEMENTS;
 constexpr u32 TILE = VECTORS * WARP_ELEMENTS;
 // Scales of a tile: never more than there are lanes.
 constexpr u32 TILE_BLOCKS = TILE > BLOCK_SIZE ? TILE / BLOCK_SIZE : 1;
 static_assert(TILE_BLOCKS <= WARP, "a lane has a scale");
 constexpr u32 NESTED_BLOCK_SIZE = 256;
 constexpr u32 NESTED_CODES = 256;
-
-// Codes of a vector, in words of at most 32 bits.
-constexpr u32 BYTE_ELEMENTS = 8 / CODE_BITS;
-constexpr u32 CODE_BYTES = LANE_ELEMENTS * CODE_BITS / 8;
-constexpr u32 WORDS = CODE_BYTES > 4 ? CODE_BYTES / 4 : 1;
-constexpr u32 WORD_BYTES = CODE_BYTES / WORDS;
-constexpr u32 WORD_ELEMENTS = LANE_ELEMENTS / WORDS;
-template <u32 BYTES> struct Unsigned;
-template <> struct Unsigned<1> { using Type = u8; };
-template <> struct Unsigned<2> { using Type = u16; };
-template <> struct Unsigned<4> { using Type = u32; };
-using Word = Unsigned<WORD_BYTES>::Type;
-using Packed = Pack<Word, WORDS>;
 
 constexpr u32 CODES = 1 << CODE_BITS;
 __constant__ float CODEBOOK_VALUE[CODES] = CODEBOOK_VALUES;

@@ -32,17 +32,13 @@
 // 1024 elements so take 103 cycles of issue and 64 of shared memory, and the memory 181 cycles
 // of an H100, 196 of an A100 and 840 of an RTX 4090: it is the memory that binds. f32: 251 and
 // 247 for 16 elements, 63 cycles, and the memory 161.
-#include "common.cuh"
-
-using Element = ELEMENT;
+#include "vector.cuh"
 
 constexpr u32 THREADS = 256;
 // Vectors of 16 bytes that a thread holds.
 constexpr u32 VECTORS = 4;
-// Elements of a vector; of a vector of every lane; of what a thread block holds. The last is a
-// multiple of every block size, so no block of elements is shared by thread blocks.
-constexpr u32 LANE_ELEMENTS = 16 / sizeof(Element);
-constexpr u32 WARP_ELEMENTS = WARP * LANE_ELEMENTS;
+// Elements that a thread block holds: a multiple of every block size, so that no block of elements
+// is shared by thread blocks.
 constexpr u32 TILE = THREADS * VECTORS * LANE_ELEMENTS;
 static_assert(TILE % BLOCK_SIZE == 0, "blocks do not cross tiles");
 
@@ -55,19 +51,6 @@ constexpr u32 BLOCK_WARPS = BLOCK_SIZE > VECTORS * WARP_ELEMENTS
 constexpr u32 BLOCK_VECTORS = BLOCK_SIZE / (BLOCK_LANES * LANE_ELEMENTS * BLOCK_WARPS);
 constexpr u32 LANE_BLOCKS = VECTORS / BLOCK_VECTORS;
 static_assert(LANE_BLOCKS <= BLOCK_LANES, "every block of a lane has a lane that owns it");
-
-// Codes of a vector, in words of at most 32 bits.
-constexpr u32 BYTE_ELEMENTS = 8 / CODE_BITS;
-constexpr u32 CODE_BYTES = LANE_ELEMENTS * CODE_BITS / 8;
-constexpr u32 WORDS = CODE_BYTES > 4 ? CODE_BYTES / 4 : 1;
-constexpr u32 WORD_BYTES = CODE_BYTES / WORDS;
-constexpr u32 WORD_ELEMENTS = LANE_ELEMENTS / WORDS;
-template <u32 BYTES> struct Unsigned;
-template <> struct Unsigned<1> { using Type = u8; };
-template <> struct Unsigned<2> { using Type = u16; };
-template <> struct Unsigned<4> { using Type = u32; };
-using Word = Unsigned<WORD_BYTES>::Type;
-using Packed = Pack<Word, WORDS>;
 
 // --- from numbers to codes ----------------------------------------------------------------------
 

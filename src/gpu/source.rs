@@ -31,8 +31,9 @@ use crate::{BlockSize, Codebook};
 
 /// The headers, each after those that it includes itself. The first stands before every kernel, and
 /// another before those that include it.
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 3] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("vector.cuh", include_str!("../../cuda/vector.cuh")),
     ("product.cuh", include_str!("../../cuda/product.cuh")),
 ];
 

@@ -358,27 +358,48 @@ def launch(weight, kernel, capability, *arguments, dtype, **options):
     kernels.launch(name, *arguments, **shape, **options)
 
 
-def matmul(
-    x, weight, *, rows, splits=1, slot=None, bias=None, order=0, eager_copies=False, capability=None
+def matmul(x, weight, *, bias=None, **options):
+    bias = None if bias is None else Buffer(bias)
+    return tensor_product("matmul", x, weight, (bias,), weight.n, **options)
+
+
+def matmul_transposed(dy, weight, **options):
+    return tensor_product("matmul_transposed", dy, weight, (), weight.k, **options)
+
+
+def tensor_product(
+    file,
+    operand,
+    weight,
+    bias,
+    features,
+    *,
+    rows,
+    splits=1,
+    slot=None,
+    order=0,
+    eager_copies=False,
+    capability=None,
 ):
-    m, n = x.shape[0], weight.n
-    tiles = (-(-n // 128), -(-m // rows))
-    y = Buffer.empty(m * n, x.dtype)
+    """Of so many features; with counters of its own, or with a slot of the kernel's."""
+    m = operand.shape[0]
+    tiles = (-(-features // 128), -(-m // rows))
+    output = Buffer.empty(m * features, operand.dtype)
     partial = Buffer.empty(splits * tiles[0] * tiles[1] * rows * 128, torch.float32)
     arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
     launch(
         weight,
-        f"matmul_{rows}",
+        f"{file}_{rows}",
         capability,
-        *(Buffer(x), *weight.arguments(), None if bias is None else Buffer(bias), y),
+        *(Buffer(operand), *weight.arguments(), *bias, output),
         *((partial, arrived if slot is None else None) if splits > 1 else (None, None)),
-        *(m, n, weight.k, ctypes.c_uint32(splits), ctypes.c_uint32(slot or 0)),
-        dtype=x.dtype,
+        *(m, weight.n, weight.k, ctypes.c_uint32(splits), ctypes.c_uint32(slot or 0)),
+        dtype=operand.dtype,
         order=order,
         eager_copies=eager_copies,
     )
     assert not arrived.tensor().any(), "the next launch needs zeros"
-    return y.tensor().reshape(m, n)
+    return output.tensor().reshape(m, features)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -437,29 +458,6 @@ def test_matmul_with_the_stages_of_every_architecture(rows, block_size, capabili
     for splits in (1, 3):
         y = matmul(x, weight, rows=rows, splits=splits, capability=capability)
         assert_close(y, x, weight.exact, weight_is_rounded=True)
-
-
-def matmul_transposed(
-    dy, weight, *, rows, splits=1, slot=None, order=0, eager_copies=False, capability=None
-):
-    m, k = dy.shape[0], weight.k
-    tiles = (-(-k // 128), -(-m // rows))
-    dx = Buffer.empty(m * k, dy.dtype)
-    partial = Buffer.empty(splits * tiles[0] * tiles[1] * rows * 128, torch.float32)
-    arrived = Buffer(torch.zeros(tiles, dtype=torch.int32))
-    launch(
-        weight,
-        f"matmul_transposed_{rows}",
-        capability,
-        *(Buffer(dy), *weight.arguments(), dx),
-        *((partial, arrived if slot is None else None) if splits > 1 else (None, None)),
-        *(m, weight.n, k, ctypes.c_uint32(splits), ctypes.c_uint32(slot or 0)),
-        dtype=dy.dtype,
-        order=order,
-        eager_copies=eager_copies,
-    )
-    assert not arrived.tensor().any(), "the next launch needs zeros"
-    return dx.tensor().reshape(m, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
