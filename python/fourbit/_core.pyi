@@ -10,11 +10,13 @@ from torch import Tensor
 __version__: str
 DEFAULT_CHUNK_BYTES: int
 DEFAULT_MAX_SHARD_BYTES: int
+ADAMW_SEGMENT_BYTES: int
 COUNTER_SLOTS: int
 OLDEST_CAPABILITY: int
 SLOT_COUNTERS: int
 
 __all__ = [
+    "ADAMW_SEGMENT_BYTES",
     "COUNTER_SLOTS",
     "DEFAULT_CHUNK_BYTES",
     "DEFAULT_MAX_SHARD_BYTES",
@@ -165,7 +167,7 @@ class CudaProgram:
     def launch(self, kernel: str, stream: int, arguments: Sequence[int | float]) -> None: ...
 
 def adamw_segments(
-    parameters: Sequence[tuple[Sequence[int], int, Sequence[str], int, int]],
+    segments: Sequence[tuple[Sequence[int], int, Sequence[str], int, int, int]],
     *,
     first_tile: int,
     lr: float,

@@ -52,6 +52,7 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("OLDEST_CAPABILITY", crate::gpu::kernel::OLDEST)?;
+        module.add("ADAMW_SEGMENT_BYTES", crate::gpu::adamw::SEGMENT_BYTES)?;
         module.add("COUNTER_SLOTS", crate::gpu::products::COUNTER_SLOTS)?;
         module.add("SLOT_COUNTERS", crate::gpu::products::SLOT_COUNTERS)?;
         module.add("DEFAULT_MAX_SHARD_BYTES", DEFAULT_MAX_SHARD_BYTES)?;

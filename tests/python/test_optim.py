@@ -195,7 +195,8 @@ def test_8_bit_equals_the_reference(shape, dtype):
     (param,) = parameters(shape, dtype=dtype)
     optimizer = PagedAdamW([param], state_bits=8, **OPTIONS)
     expected = param.detach().clone()
-    state = state_of.new_state(param, 8)
+    zeros = torch.zeros(shape, dtype=torch.uint8)
+    state = state_of.new_state(param, 8, (zeros, zeros.clone()))
     moments = [state[f] for f in ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")]
     for step in range(12):
         set_gradients([param], step)
@@ -602,8 +603,8 @@ def test_grad_scaler_leaves_out_the_whole_step():
         ({"betas": (0.9,)}, "betas are"),
         ({"state_bits": 16}, "state_bits is 16"),
         ({"pager": "disk"}, "unknown pager 'disk'"),
-        ({"pager": "unified"}, 'on the CPU; use "resident"'),
-        ({"pager": "pinned"}, 'on the CPU; use "resident"'),
+        ({"pager": "unified"}, 'on a GPU, and these are on cpu; use "auto" or "resident"'),
+        ({"pager": "pinned"}, 'on a GPU, and these are on cpu; use "auto" or "resident"'),
     ],
 )
 def test_bad_options(options, message):
@@ -688,6 +689,36 @@ def test_parameters_that_change_after_the_first_step(change):
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match=r"parameter 0 was torch\.float32 \[64, 64\]"):
         optimizer.step()
+
+
+def test_parameters_that_moved_after_the_first_step():
+    """That the first step was elsewhere is made up: there is no other device here."""
+    (param,) = parameters((64, 64))
+    optimizer = PagedAdamW([param])
+    train(optimizer, [param], range(1))
+    optimizer._homes[param] = (param.dtype, torch.device("cuda", 0))
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match="parameter 0 was on cuda:0 at its first step and is on"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    # What the message says to do.
+    resumed = PagedAdamW([param])
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.step()
+    assert resumed.state[param]["step"] == 2
+
+
+def test_the_report_of_a_cpu():
+    params = parameters((64, 64), (3, 4))
+    optimizer = PagedAdamW(params)
+    train(optimizer, params, range(2))
+    optimizer.page_out()
+    optimizer.page_in()
+    report = optimizer.paging_report()
+    assert report.pagers == {"cpu": "resident"}
+    assert report.reasons == {"cpu": "the parameters are in the processor's memory"}
+    assert report.state_bytes == report.resident_bytes == 2 * 64 * 64 + 2 * 4 * 12
+    assert (report.pages, report.bytes_in, report.bytes_out, report.paged_steps) == (0, 0, 0, 0)
 
 
 def damaged(change):

@@ -1,27 +1,40 @@
-"""`PagedAdamW`'s step on a card, without one: the same bytes as its step on the CPU."""
+"""`PagedAdamW` on a card, without one: with every pager, the same bytes as its step on the CPU."""
+
+import copy
+import gc
+import io
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import emulate
-import emulated_program
-from fourbit import PagedAdamW
-from fourbit.optim.cuda_update import DamagedStateError, run_on_card
+import emulated_optimizer
+from emulated_optimizer import PAGE, on_cpu
+from fake_card import FakeCard
+from fourbit import CudaError, PagedAdamW
 
 if emulate.unavailable():
     pytest.skip(emulate.unavailable(), allow_module_level=True)
 
-
-@pytest.fixture(autouse=True)
-def _emulated(monkeypatch):
-    emulated_program.patch(monkeypatch)
+PAGERS = ["resident", "unified", "pinned"]
+CPU = torch.device("cpu")
 
 
-def parameters():
+@pytest.fixture
+def card(monkeypatch):
+    """One with room for four pages, fewer than the parameters have."""
+    card = FakeCard(4 * PAGE + emulated_optimizer.RESERVE)
+    emulated_optimizer.patch(monkeypatch, card)
+    yield card
+    card.finish()
+
+
+def parameters(seed=3):
     """Small ones, which keep 32-bit state, large ones, tails, an empty one, every dtype."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(5,), (64, 65), (0, 3), (4096,), (17, 301), ()]
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(5,), (64, 65), (0, 3), (4096,), (17, 301), (), (3, 7, 900)]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     return [
         nn.Parameter(torch.randn(shape, generator=generator).to(dtypes[index % 3]))
@@ -35,26 +48,26 @@ def set_gradients(params, step):
         param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
 
 
-@torch.no_grad()
-def step_on_card(optimizer):
-    """As `PagedAdamW.step` steps what is on a card; returns what was skipped."""
-    plan = [
-        (group, [optimizer._update(param, group) for param in group["params"]])
-        for group in optimizer.param_groups
+def made(pager="auto", **options):
+    """Two groups of different options and state; the parameters and their optimizer."""
+    params = parameters()
+    groups = [
+        {"params": params[:3], "weight_decay": 0.1, "betas": (0.8, 0.95)},
+        {"params": params[3:], "state_bits": 32, "lr": 0.02, "maximize": True},
     ]
-    return run_on_card(plan, torch.device("cpu"))
+    return params, PagedAdamW(groups, lr=0.01, state_bits=8, pager=pager, **options)
 
 
-def both():
-    """The same optimizer twice: two groups of different options and state."""
-    made = []
-    for params in (parameters(), parameters()):
-        groups = [
-            {"params": params[:3], "weight_decay": 0.1, "betas": (0.8, 0.95)},
-            {"params": params[3:], "state_bits": 32, "lr": 0.02, "maximize": True},
-        ]
-        made.append((params, PagedAdamW(groups, lr=0.01, state_bits=8)))
-    return made
+def oracle():
+    params, optimizer = made()
+    return params, on_cpu(optimizer)
+
+
+def train(steps, *trained):
+    for step in steps:
+        for params, optimizer in trained:
+            set_gradients(params, step)
+            optimizer.step()
 
 
 def assert_same(one, other):
@@ -66,43 +79,71 @@ def assert_same(one, other):
             assert torch.equal(state[field], tensor), field
 
 
-def test_the_same_bytes_as_on_the_cpu():
-    cpu, card = both()
-    for step in range(4):
-        for params, _ in (cpu, card):
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_the_same_bytes_as_on_the_cpu(card, pager):
+    cpu, paged = oracle(), made(pager)
+    for step in range(6):
+        if step == 3:
+            card.allocate_plainly(card.capacity)  # a spike
+            card.free_plainly(card.capacity)
+        train([step], cpu, paged)
+        assert_same(paged, cpu)
+    report = paged[1].paging_report()
+    assert report.pagers == {"cpu": pager}
+    assert (report.pages > 4) == (pager != "resident")
+    assert (report.paged_steps > 3) == (pager != "resident")
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_gradients_that_come_late_or_not_at_all(card, pager):
+    cpu, paged = oracle(), made(pager)
+    for step in range(5):
+        for params, optimizer in (cpu, paged):
             set_gradients(params, step)
-        cpu[1].step()
-        assert step_on_card(card[1]) == []
-        assert_same(card, cpu)
+            for index, param in enumerate(params):
+                if (index + step) % 3 == 0:
+                    param.grad = None
+            optimizer.step()
+    assert_same(paged, cpu)
 
 
-def test_a_gradient_that_is_not_finite_skips_its_parameter_alone():
-    cpu, card = both()
-    for params, _ in (cpu, card):
-        set_gradients(params, 0)
+@pytest.mark.parametrize("pager", PAGERS)
+def test_a_gradient_that_is_not_finite_skips_its_parameter_alone(card, pager):
+    """All of it, though it lies in several pages, and is bad in the last."""
+    cpu, paged = oracle(), made(pager)
+    train(range(2), cpu, paged)
+    for params, optimizer in (cpu, paged):
+        set_gradients(params, 2)
         params[1].grad[3, 4] = float("nan")
-        params[4].grad[-1, -1] = float("-inf")
-    with pytest.warns(RuntimeWarning, match="skipped the update of parameter 1 and 1 more"):
-        cpu[1].step()
-    skipped = step_on_card(card[1])
-    assert [id(param) for param in skipped] == [id(card[0][1]), id(card[0][4])]
-    assert_same(card, cpu)
+        params[6].grad[-1, -1, -1] = float("-inf")
+        with pytest.warns(RuntimeWarning, match="skipped the update of parameter 1 and 1 more"):
+            optimizer.step()
+    assert paged[1].skipped_updates == 2
+    assert_same(paged, cpu)
+    train(range(3, 5), cpu, paged)
+    assert_same(paged, cpu)
 
 
-def test_damaged_scales_are_named_and_nothing_is_stepped():
-    _, (params, optimizer) = both()
-    set_gradients(params, 0)
-    step_on_card(optimizer)
+@pytest.mark.parametrize("pager", PAGERS)
+def test_damaged_scales_are_named_and_nothing_is_stepped(card, pager):
+    params, optimizer = made(pager)
+    train([0], (params, optimizer))
     optimizer.state[params[1]]["exp_avg_sq_absmax"][2] = float("inf")
     before = [param.detach().clone() for param in params]
-    with pytest.raises(DamagedStateError, match="exp_avg_sq_absmax holds NaN or infinity") as error:
-        step_on_card(optimizer)
-    assert error.value.param is params[1]
+    with pytest.raises(ValueError, match="parameter 1: exp_avg_sq_absmax holds NaN or infinity"):
+        optimizer.step()
     assert all(map(torch.equal, before, params))
     assert optimizer.state[params[0]]["step"] == 1
 
 
-def test_memory_that_is_not_contiguous_and_autograd():
+def test_memory_that_is_not_contiguous_and_autograd(card):
     """The step is written into the parameter's own memory, and autograd is told."""
     plain = nn.Parameter(torch.randn(70, 80, generator=torch.Generator().manual_seed(1)))
     odd = nn.Parameter(torch.empty(80, 70).t())
@@ -110,16 +151,205 @@ def test_memory_that_is_not_contiguous_and_autograd():
     version = odd._version
     for param in (plain, odd):
         param.grad = torch.ones(70, 80)
-        step_on_card(PagedAdamW([param]))
+        PagedAdamW([param]).step()
     assert torch.equal(plain, odd)
     assert not odd.is_contiguous()
     assert odd._version > version
 
 
-def test_nothing_is_launched_for_empty_parameters(monkeypatch):
+@pytest.mark.parametrize("pager", PAGERS)
+def test_nothing_is_launched_for_empty_parameters(card, pager):
     empty = nn.Parameter(torch.empty(0, 4))
     empty.grad = torch.empty(0, 4)
-    optimizer = PagedAdamW([empty])
-    monkeypatch.setattr(emulated_program.EmulatedProgram, "launch", None)
-    assert step_on_card(optimizer) == []
+    optimizer = PagedAdamW([empty], pager=pager)
+    optimizer.step()
+    assert card.calls == []
     assert optimizer.state[empty]["step"] == 1
+    optimizer.step()
+    assert optimizer.state[empty]["step"] == 2
+
+
+@pytest.mark.parametrize("before", ["cpu", *PAGERS])
+@pytest.mark.parametrize("after", ["cpu", *PAGERS])
+def test_resumed_elsewhere_is_paged_there_and_equals_the_uninterrupted(card, before, after):
+    def build(where):
+        return oracle() if where == "cpu" else made(where)
+
+    whole, first, second = oracle(), build(before), build(after)
+    train(range(5), whole, first)
+    second[1].load_state_dict(through_a_file(first[1].state_dict()))
+    for param, saved in zip(second[0], first[0], strict=True):
+        param.data.copy_(saved)
+    assert_same(second, whole)
+    train(range(5, 10), whole, second)
+    assert_same(second, whole)
+    report = second[1].paging_report()
+    assert report.pagers == {"cpu": "resident" if after == "cpu" else after}
+    assert (report.paged_steps == 5) == (after in ("unified", "pinned"))
+
+
+@pytest.mark.parametrize("pager", ["unified", "pinned"])
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_are_paged_too_and_go_their_own_way(card, pager, clone):
+    expected, (params, optimizer) = oracle(), made(pager)
+    train(range(3), expected, (params, optimizer))
+    twin = clone(optimizer)
+    twin_params = [param for group in twin.param_groups for param in group["params"]]
+    pages, live = optimizer.paging_report().pages, len(card.live)
+    assert twin.paging_report().pages == 0
+    train(range(3, 5), (params, optimizer))
+    train(range(3, 6), expected, (twin_params, twin))
+    assert_same((twin_params, twin), expected)
+    assert twin.paging_report().pages == pages
+    assert len(card.live) == 2 * live
+    train([5], (params, optimizer))
+    assert_same((params, optimizer), expected)
+
+
+@pytest.mark.parametrize("pager", ["unified", "pinned"])
+def test_state_that_somebody_replaced_is_paged_again(card, pager):
+    expected, (params, optimizer) = oracle(), made(pager)
+    train(range(2), expected, (params, optimizer))
+    for state in optimizer.state.values():
+        for field in ("exp_avg", "exp_avg_sq"):
+            state[field] = state[field].clone()
+    train(range(2, 4), expected, (params, optimizer))
+    assert_same((params, optimizer), expected)
+    for param, state in optimizer.state.items():
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            assert not param.numel() or card.find(moment.data_ptr()) is not None
+
+
+def test_two_optimizers_on_a_full_card(card):
+    cpu = [oracle(), oracle()]
+    paged = [made("unified"), made("pinned")]
+    for step in range(4):
+        train([step], *cpu, *paged)
+    assert_same(paged[0], cpu[0])
+    assert_same(paged[1], cpu[1])
+
+
+def test_added_groups_have_pages_of_their_own(card):
+    params = parameters()
+    optimizer = PagedAdamW(params[:2], pager="unified")
+    set_gradients(params, 0)
+    optimizer.step()
+    pages = optimizer.paging_report().pages
+    optimizer.add_param_group({"params": params[2:]})
+    optimizer.step()
+    assert optimizer.paging_report().pages > pages
+    assert optimizer.state[params[1]]["step"] == 2
+
+
+@pytest.mark.parametrize("pager", ["unified", "pinned"])
+def test_memory_is_freed_with_the_state_and_with_the_optimizer(card, pager):
+    params, optimizer = made(pager)
+    train([0], (params, optimizer))
+    whole = len(card.live)
+    del optimizer.state[params[6]]
+    before = optimizer.paging_report().state_bytes
+    gc.collect()
+    assert len(card.live) < whole
+    train([1], (params, optimizer))
+    assert optimizer.state[params[6]]["step"] == 1
+    assert optimizer.paging_report().state_bytes > before
+    moment = optimizer.state[params[1]]["exp_avg"]
+    del optimizer
+    gc.collect()
+    assert len(card.live) == 1, "a tensor that is in use keeps its memory"
+    del moment
+    gc.collect()
+    assert card.live == {}
+
+
+@pytest.mark.parametrize("pager", ["unified", "pinned"])
+def test_a_thousand_optimizers_leave_nothing_behind(card, pager):
+    param = nn.Parameter(torch.zeros(300))
+    param.grad = torch.ones_like(param)
+    first = PagedAdamW([param], pager=pager, state_bits=32)
+    first.step()
+    saved = first.state_dict()
+    del first
+    for count in range(1000):
+        optimizer = PagedAdamW([param], pager=pager)
+        optimizer.load_state_dict(saved)
+        if count % 100 == 0:
+            optimizer.step()
+        assert optimizer.paging_report().pages == 1
+        assert len(card.live) <= 2
+        del optimizer
+    del saved
+    gc.collect()
+    assert card.live == {}
+
+
+def test_paging_out_and_in_and_the_report(card):
+    card.capacity = 100 * PAGE
+    params, optimizer = made()
+    nothing = optimizer.paging_report()
+    assert (nothing.pagers, nothing.state_bytes, nothing.pages) == ({}, 0, 0)
+    optimizer.page_out()
+    optimizer.page_in()
+    train(range(2), (params, optimizer))
+    report = optimizer.paging_report()
+    moments = [state[f] for state in optimizer.state.values() for f in ("exp_avg", "exp_avg_sq")]
+    assert report.pagers == {"cpu": "unified"}
+    assert report.reasons == {"cpu": "the card and the processor share memory"}
+    exact = sum(moment.nbytes for moment in moments)
+    assert exact <= report.state_bytes < exact + 512 * len(moments)
+    assert report.resident_bytes == report.state_bytes
+    assert (report.bytes_in, report.bytes_out, report.paged_steps) == (0, 0, 0)
+    optimizer.page_out()
+    out = optimizer.paging_report()
+    assert (out.resident_bytes, out.bytes_out) == (0, report.state_bytes)
+    optimizer.page_in()
+    there = optimizer.paging_report()
+    assert (there.resident_bytes, there.bytes_in) == (report.state_bytes, report.state_bytes)
+    assert there.faults_avoided > 0
+    assert optimizer.paging_report() == there
+
+
+@pytest.mark.parametrize(
+    ("failing", "pager", "reason"),
+    [
+        ({"managed"}, "pinned", "there was no managed memory"),
+        ({"managed", "page_locked"}, "resident", "there was no memory for pages"),
+    ],
+)
+def test_auto_takes_what_there_is_memory_for(card, failing, pager, reason):
+    card.capacity = 100 * PAGE
+    card.fail_allocation = failing
+    cpu, paged = oracle(), made()
+    train(range(3), cpu, paged)
+    assert_same(paged, cpu)
+    report = paged[1].paging_report()
+    assert report.pagers == {"cpu": pager}
+    assert report.reasons == {"cpu": reason}
+
+
+def test_no_memory_for_the_pager_that_was_asked_for(card):
+    """Nothing is stepped, nothing is half made, and it can be tried again."""
+    cpu, (params, optimizer) = oracle(), made("unified")
+    card.fail_allocation = {"managed"}
+    set_gradients(params, 0)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(CudaError, match="no managed memory"):
+        optimizer.step()
+    assert all(map(torch.equal, before, params))
+    assert not any(optimizer.state.values())
+    card.fail_allocation = set()
+    train(range(2), cpu, (params, optimizer))
+    assert_same((params, optimizer), cpu)
+    saved = optimizer.state_dict()
+    card.fail_allocation = {"managed"}
+    with pytest.raises(CudaError, match="no managed memory"):
+        optimizer.load_state_dict(saved)
+    assert_same((params, optimizer), cpu)
+
+
+def test_a_pager_that_the_card_cannot_do_is_refused_at_once(card):
+    card.shares = False
+    with pytest.raises(ValueError, match=r'pager "unified" needs managed memory.* use "pinned"'):
+        made("unified")
+    _, optimizer = made()
+    assert optimizer.pager == "auto"

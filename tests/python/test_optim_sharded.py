@@ -17,7 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import emulate
+import emulated_optimizer
 import processes
+from fake_card import FakeCard
 from fourbit.optim import PagedAdamW
 from processes import WORLD
 
@@ -117,10 +120,45 @@ def check_all_shards_skip_together() -> None:
     assert optimizer.skipped_updates == 1
 
 
+def check_paged_shards_step_as_resident_ones(bits: int) -> None:
+    """On a card that is not there; a full state dict of one pager goes on with the other."""
+    card = FakeCard(3 * emulated_optimizer.PAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        emulated_optimizer.patch(patch, card)
+        models = [sharded_model(), sharded_model()]
+        resident, paged = (
+            PagedAdamW(model.parameters(), lr=1e-2, state_bits=bits, pager=pager)
+            for model, pager in zip(models, ("resident", "unified"), strict=True)
+        )
+        for step in range(4):
+            for model, optimizer in zip(models, (resident, paged), strict=True):
+                backward(model, step)
+                optimizer.step()
+            if step == 1:
+                saved = copy.deepcopy(get_optimizer_state_dict(models[0], resident, options=FULL))
+                set_optimizer_state_dict(models[1], paged, saved, options=FULL)
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(a.to_local(), b.to_local())
+            for field, value in paged.state[b].items():
+                other = resident.state[a][field]
+                if isinstance(value, DTensor):
+                    assert value.placements == other.placements
+                    assert value.shape == other.shape
+                    value, other = value.to_local(), other.to_local()
+                    if field in ("exp_avg", "exp_avg_sq") and value.numel():
+                        assert card.find(value.data_ptr()) is not None
+                assert torch.equal(value, other)
+        assert paged.paging_report().paged_steps > 0
+        with pytest.raises(ValueError, match=r'sharded parameters .* use "unified"'):
+            PagedAdamW(models[0].parameters(), pager="pinned")
+
+
 def check_everything(_: Path) -> None:
     for bits in (32, 8):
         check_shards_step_as_plain_tensors(bits)
         check_full_state_dict_resumes(bits)
+        if not emulate.unavailable():
+            check_paged_shards_step_as_resident_ones(bits)
     check_all_shards_skip_together()
 
 

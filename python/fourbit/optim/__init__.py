@@ -6,5 +6,6 @@ what it remembers of a parameter: names, shapes and dtypes, and the check of wha
 """
 
 from fourbit.optim.adamw import PagedAdamW
+from fourbit.optim.paging import PagingReport
 
-__all__ = ["PagedAdamW"]
+__all__ = ["PagedAdamW", "PagingReport"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
-from numbers import Real
-from typing import Any, Literal, TypeAlias, get_args, overload
+from collections.abc import Callable
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -14,10 +12,12 @@ from torch.optim.optimizer import ParamsT
 
 from fourbit.ops import FLOAT_DTYPES
 from fourbit.optim import state as state_of
+from fourbit.optim.options import check_options
+from fourbit.optim.paging import PagerName, PagingReport, Placement
+from fourbit.optim.paging.pages import Wanted
+from fourbit.optim.restore import read_state_dict
 from fourbit.optim.sharded import is_distributed, local, placements, usable_everywhere
 from fourbit.optim.update import Update, run, shares_memory
-
-Pager: TypeAlias = Literal["auto", "unified", "pinned", "resident"]
 
 WARN_EVERY = 100
 """Steps with skipped tensors between two warnings of them."""
@@ -51,23 +51,25 @@ class PagedAdamW(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: of the parameter a step, times `lr`.
         state_bits: 8 or 32.
-        pager: where the state lives. With "auto" and "resident", beside the parameters, on the CPU
-            or the GPU; the others are not there yet.
+        pager: where the moments live; results do not depend on it. "unified": in managed memory,
+            which the GPU's driver moves to the host when the GPU is full, and a step brings back.
+            "pinned": on the host, copied to the GPU and back while they are stepped. "resident":
+            beside the parameters. "auto": "unified" where the GPU can, else "pinned"; and on the
+            CPU "resident", which is the only one there.
         maximize: whether to ascend.
 
     Attributes:
-        pager: as given.
+        pager: as given; `paging_report` says what "auto" chose.
         skipped_updates: updates of single tensors left out for NaN or infinity in the gradient.
 
     Raises:
-        ValueError: for an option out of range, an unknown or impossible pager, or a parameter that
-            stands twice.
+        ValueError: for an option out of range, an unknown pager or one that the device cannot do,
+            or a parameter that stands twice.
         TypeError: for a parameter of another dtype.
-        NotImplementedError: for parameters that are neither on the CPU nor on an NVIDIA GPU, and
-            for a pager that moves state.
+        NotImplementedError: for parameters that are neither on the CPU nor on an NVIDIA GPU.
     """
 
-    pager: Pager
+    pager: PagerName
     skipped_updates: int
 
     def __init__(
@@ -79,17 +81,18 @@ class PagedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         state_bits: Literal[8, 32] = 8,
-        pager: Pager = "auto",
+        pager: PagerName = "auto",
         maximize: bool = False,
     ) -> None:
-        if pager not in get_args(Pager):
-            known = ", ".join(f'"{name}"' for name in get_args(Pager))
+        if pager not in get_args(PagerName):
+            known = ", ".join(f'"{name}"' for name in get_args(PagerName))
             raise ValueError(f"unknown pager {pager!r}; use one of {known}")
         self.pager = pager
         self.skipped_updates = 0
         self._steps_with_skips = 0
-        # The dtypes in which parameters took their first step.
-        self._first_dtypes: dict[Tensor, torch.dtype] = {}
+        # The dtypes and devices that parameters had in their first step.
+        self._homes: dict[Tensor, tuple[torch.dtype, torch.device]] = {}
+        self._placement = Placement(pager)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -98,13 +101,20 @@ class PagedAdamW(torch.optim.Optimizer):
             "state_bits": state_bits,
             "maximize": maximize,
         }
-        _check_options(defaults)
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying; hooks stay behind, as with all optimizers of torch."""
-        own = ("pager", "skipped_updates", "_steps_with_skips", "_first_dtypes")
+        own = ("pager", "skipped_updates", "_steps_with_skips", "_homes")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's state is plain memory, which its next step puts into pages of its own."""
+        super().__setstate__(state)
+        # Torch also calls this to load a state dict.
+        if not hasattr(self, "_placement"):
+            self._placement = Placement(self.pager)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options it does not name are the optimizer's own.
@@ -116,7 +126,7 @@ class PagedAdamW(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _check_options(param_group)
+            check_options(param_group)
             params: list[Tensor] = param_group["params"]
             if len({id(param) for param in params}) < len(params):
                 raise ValueError("a parameter stands twice in one parameter group")
@@ -124,6 +134,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 # Meta tensors may be given memory later; `step` looks again.
                 if not param.is_meta:
                     self._check_param(param)
+                    self._placement.check(param)
         except Exception:
             self.param_groups.pop()
             raise
@@ -148,16 +159,6 @@ class PagedAdamW(torch.optim.Optimizer):
             raise NotImplementedError(
                 f"{self._name(param)} is on {param.device}, and PagedAdamW has no kernels for it; "
                 "use torch.optim.AdamW there, or keep the parameters on the CPU or an NVIDIA GPU"
-            )
-        if self.pager not in ("auto", "resident") and param.device.type == "cuda":
-            raise NotImplementedError(
-                f"pager {self.pager!r} is not there yet: state lives beside the parameters; use "
-                '"resident"'
-            )
-        if self.pager not in ("auto", "resident"):
-            raise ValueError(
-                f"pager {self.pager!r} needs parameters on a GPU, and {self._name(param)} is on "
-                'the CPU; use "resident"'
             )
 
     @overload
@@ -189,9 +190,17 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = [
-            (group, [self._update(param, group) for param in group["params"] if _has_grad(param)])
+        stepped = [
+            (group, [param for param in group["params"] if param.grad is not None])
             for group in self.param_groups
+        ]
+        for group, params in stepped:
+            for param in params:
+                self._check_before_step(param, group)
+        self._settle([(param, group) for group, params in stepped for param in params])
+        plan = [
+            (group, [_update(param, self.state[param]) for param in params])
+            for group, params in stepped
         ]
         everything = [update for _, updates in plan for update in updates]
         sharer = shares_memory(everything)
@@ -211,7 +220,7 @@ class PagedAdamW(torch.optim.Optimizer):
         ]
         for group, updates in kept:
             for bits in (32, 8):
-                chosen = [u for u in updates if u.bits == bits and not u.values.is_cuda]
+                chosen = [u for u in updates if u.bits == bits and not self._on_card(u)]
                 if chosen:
                     skipped += run(chosen, group, bits)
         skipped += self._step_on_cards(kept)
@@ -219,8 +228,11 @@ class PagedAdamW(torch.optim.Optimizer):
             self._count_skipped(skipped)
         return loss
 
+    def _on_card(self, update: Update) -> bool:
+        return self._placement.card(update.values.device) is not None
+
     def _step_on_cards(self, plan: list[tuple[dict[str, Any], list[Update]]]) -> list[Tensor]:
-        devices = {u.values.device for _, updates in plan for u in updates if u.values.is_cuda}
+        devices = {u.values.device for _, updates in plan for u in updates if self._on_card(u)}
         skipped = []
         for device in sorted(devices, key=str):
             on_it = [
@@ -229,15 +241,16 @@ class PagedAdamW(torch.optim.Optimizer):
             ]
             from fourbit.optim.cuda_update import DamagedStateError, run_on_card
 
+            card, pager = self._placement.card(device), self._placement.pager(device)
+            assert card is not None
             try:
-                skipped += run_on_card(on_it, device)
+                skipped += run_on_card(on_it, card, pager)
             except DamagedStateError as error:
                 message = f"the optimizer state of {self._name(error.param)}: {error}"
                 raise ValueError(message) from None
         return skipped
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> Update:
-        """What stepping `param` takes, its state made if it has none; checked."""
+    def _check_before_step(self, param: Tensor, group: dict[str, Any]) -> None:
         self._check_param(param)
         grad = param.grad
         assert grad is not None
@@ -248,21 +261,89 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         if placements(grad) != placements(param):
             raise ValueError(f"the gradient of {self._name(param)} is not sharded as it is")
-        state = self.state[param]
-        if not state:
-            bits = state_of.bits_for(param, group["state_bits"])
-            state.update(state_of.new_state(param, bits))
-        first_dtype = self._first_dtypes.setdefault(param, param.dtype)
-        if param.dtype != first_dtype or state["exp_avg"].shape != param.shape:
+        if param not in self._homes:
+            return
+        dtype, device = self._homes[param]
+        shape = self.state[param].get("exp_avg", param).shape
+        if param.dtype != dtype or param.shape != shape:
             raise ValueError(
-                f"{self._name(param)} was {first_dtype} {list(state['exp_avg'].shape)} at its "
+                f"{self._name(param)} was {dtype} {list(shape)} at its "
                 f"first step and is {param.dtype} {list(param.shape)} now; cast the model first "
                 "and make the optimizer then"
             )
-        values = local(param).detach()
-        # Autograd may hand out gradients as negative views, whose memory holds the other sign.
-        local_grad = local(grad).detach().resolve_neg()
-        return Update(param, values.contiguous(), local_grad.contiguous(), state)
+        if param.device != device:
+            raise ValueError(
+                f"{self._name(param)} was on {device} at its first step and is on {param.device} "
+                "now; move the model first and make the optimizer then, or give a new optimizer "
+                "this one's state_dict()"
+            )
+
+    def _settle(self, params: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """See to it that parameters have state, and have it where their pager wants it.
+
+        State that is elsewhere, as in a copied optimizer, keeps its numbers.
+        """
+        wanted = []
+        for param, group in params:
+            state = self.state[param]
+            if not state:
+                wanted.append((param, state_of.bits_for(param, group["state_bits"])))
+            elif not self._placement.holds(param, state_of.local_moments(state)):
+                wanted.append((param, state_of.bits_of(state)))
+        for param, fresh in self._new_states(wanted).items():
+            state = self.state[param]
+            if state:
+                state_of.copy_state(state, fresh)
+            state.update(fresh)
+            self._homes.setdefault(param, _home(param))
+
+    def _new_states(self, wanted: list[tuple[Tensor, int]]) -> dict[Tensor, state_of.State]:
+        """State before the first step, of parameters with so many bits each: all, or none."""
+        if not wanted:
+            return {}
+        everyone = [
+            Wanted(param, state_of.moment_dtype(state_of.bits_for(param, group["state_bits"])))
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+        self._placement.keep(self.state)
+        moments = self._placement.add(
+            [Wanted(param, state_of.moment_dtype(bits)) for param, bits in wanted], everyone
+        )
+        return {
+            param: state_of.new_state(param, bits, of_param)
+            for (param, bits), of_param in zip(wanted, moments, strict=True)
+        }
+
+    def page_out(self) -> None:
+        """Give the GPU memory that state takes back, ahead of work that needs it.
+
+        The driver would do so by itself when the memory is asked for, but in the midst of the work.
+        With the pager "unified"; the others have nothing to give. Waits until it is done.
+        """
+        self._placement.keep(self.state)
+        self._placement.page_out()
+
+    def page_in(self) -> None:
+        """Begin to bring state back to the GPU, as far as there is room, ahead of a step.
+
+        A step does so by itself. With the pager "unified"; with the others nothing has to come.
+        Does not wait.
+        """
+        self._placement.keep(self.state)
+        self._placement.page_in()
+
+    def paging_report(self) -> PagingReport:
+        """Where the state is, and what paging did so far."""
+        self._placement.keep(self.state)
+        params = [param for group in self.param_groups for param in group["params"]]
+        return self._placement.report(
+            [
+                (param, state_of.local_moments(self.state[param]))
+                for param in params
+                if self.state.get(param)
+            ]
+        )
 
     def _count_skipped(self, params: list[Tensor]) -> None:
         self.skipped_updates += len(params)
@@ -292,12 +373,15 @@ class PagedAdamW(torch.optim.Optimizer):
         # torch casts floating-point state to the parameter's dtype. It is given the groups alone;
         # hooks, before and after, see everything.
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            groups, other = self._take_states(state_dict, states)
-            return {**state_dict, "param_groups": groups, "state": other}
+            restored = read_state_dict(state_dict, self.param_groups, self._name)
+            states.update(self._new_states([(one.param, one.bits) for one in restored.states]))
+            for one in restored.states:
+                state_of.copy_state(one.fields, states[one.param])
+            return {**state_dict, "param_groups": restored.groups, "state": restored.other}
 
         def put(_: torch.optim.Optimizer) -> None:
             self.state.update(states)
-            self._first_dtypes = {param: param.dtype for param in states}
+            self._homes = {param: _home(param) for param in states}
 
         hooks = (
             self.register_load_state_dict_pre_hook(take),
@@ -309,67 +393,16 @@ class PagedAdamW(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _take_states(
-        self, state_dict: dict[str, Any], states: dict[Tensor, state_of.State]
-    ) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-        """Fill `states` from a state dict; return its completed groups, and its further entries."""
-        saved_states, saved_groups = state_dict.get("state"), state_dict.get("param_groups")
-        if not isinstance(saved_states, Mapping) or not isinstance(saved_groups, list):
-            raise ValueError("not an optimizer's state dict: it lacks state or param_groups")
-        if not all(isinstance(group, Mapping) and "params" in group for group in saved_groups):
-            raise ValueError("the state dict has a parameter group without params; it is damaged")
-        if [len(group["params"]) for group in saved_groups] != [
-            len(group["params"]) for group in self.param_groups
-        ]:
-            raise ValueError("the state dict is one of other parameter groups")
-        indices = [index for group in saved_groups for index in group["params"]]
-        if len(set(indices)) != len(indices):
-            raise ValueError("the state dict names a parameter twice; it is damaged")
-        groups, other = [], dict(saved_states)
-        for saved_group, group in zip(saved_groups, self.param_groups, strict=True):
-            kept = {name: value for name, value in group.items() if name != "params"}
-            completed = {**kept, **saved_group}
-            _check_options(completed)
-            groups.append(completed)
-            for index, param in zip(saved_group["params"], group["params"], strict=True):
-                saved = other.pop(index, None)
-                if saved is not None and saved != {}:
-                    bits = state_of.bits_for(param, completed["state_bits"])
-                    name = self._name(param)
-                    states[param] = state_of.restored_state(param, saved, bits, name)
-        strangers = [key for key in other if isinstance(key, int)]
-        if strangers:
-            raise ValueError(
-                f"the state dict holds state of parameter {strangers[0]}, which no group names"
-            )
-        return groups, other
+
+def _home(param: Tensor) -> tuple[torch.dtype, torch.device]:
+    return param.dtype, param.device
 
 
-def _has_grad(param: Tensor) -> bool:
-    return param.grad is not None
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """The options of a group.
-
-    Raises:
-        ValueError: naming the option that is out of range.
-    """
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must have one")
-    for name in ("lr", "eps", "weight_decay"):
-        # YAML reads 1e-3 as a string, which schedulers would stumble over later.
-        if not isinstance(options[name], Real | Tensor):
-            raise ValueError(f"{name} is {options[name]!r}; it must be a number")
-        if not 0 <= float(options[name]) < math.inf:
-            raise ValueError(f"{name} is {options[name]}; it must be finite and not negative")
-    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
-        raise ValueError(f"betas are {betas}; they must be two numbers from 0 to below 1")
-    if options["state_bits"] not in (8, 32):
-        raise ValueError(f"state_bits is {options['state_bits']!r}; use 8 or 32")
-    if options.get("amsgrad"):
-        raise ValueError("amsgrad is not supported; make the optimizer without it")
-    # torch.optim.Adam, whose state is AdamW's, says here that its decay goes through the gradient.
-    if options.get("decoupled_weight_decay") is False and float(options["weight_decay"]):
-        raise ValueError("the weight decay is Adam's and not AdamW's; set it to 0 or use AdamW")
+def _update(param: Tensor, state: state_of.State) -> Update:
+    """What stepping a parameter takes."""
+    grad = param.grad
+    assert grad is not None
+    values = local(param).detach()
+    # Autograd may hand out gradients as negative views, whose memory holds the other sign.
+    local_grad = local(grad).detach().resolve_neg()
+    return Update(param, values.contiguous(), local_grad.contiguous(), state)

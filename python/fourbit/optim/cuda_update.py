@@ -1,17 +1,25 @@
-"""One step of the parameters on a card: all in one launch, after one that looks at gradients."""
+"""One step of the parameters on a card: a launch that looks at gradients, then one a page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fourbit import _core, cuda_ops
+from fourbit.optim.options import options_of
+from fourbit.optim.paging.card import Card
+from fourbit.optim.paging.pager import Pager
+from fourbit.optim.paging.round import Piece
 from fourbit.optim.sharded import local, local_scales
-from fourbit.optim.state import BLOCK_SIZE, MOMENTS
-from fourbit.optim.update import Update, finish, options_of
+from fourbit.optim.state import BLOCK_SIZE, MOMENTS, local_moments
+from fourbit.optim.update import Update, finish
+
+Plan = Sequence[tuple[Mapping[str, Any], list[Update]]]
+"""Groups, and what of them is to be stepped."""
 
 
 class DamagedStateError(ValueError):
@@ -28,14 +36,13 @@ class DamagedStateError(ValueError):
         self.field = field
 
 
-def run_on_card(
-    plan: Sequence[tuple[Mapping[str, Any], list[Update]]], device: torch.device
-) -> list[Tensor]:
+def run_on_card(plan: Plan, card: Card, pager: Pager) -> list[Tensor]:
     """Step the parameters of all groups that are on one card.
 
     Args:
-        plan: groups and what of them is to be stepped, all on `device`.
-        device: the card.
+        plan: what is to be stepped, all on that card.
+        card: where it is.
+        pager: where its moments are.
 
     Returns:
         The parameters that were skipped, because their gradient is not finite or too large.
@@ -48,7 +55,7 @@ def run_on_card(
     filled = [index for index, update in enumerate(updates) if update.values.numel()]
     flags: list[int] = []
     if filled:
-        flags = _launch(plan, len(filled), device)
+        flags = _launch(plan, [updates[index] for index in filled], card, pager)
         if flags.pop():
             raise _damage(updates)
     skipped = [index for index, flag in zip(filled, flags, strict=True) if flag]
@@ -56,43 +63,107 @@ def run_on_card(
     return [updates[index].param for index in skipped]
 
 
-def _launch(
-    plan: Sequence[tuple[Mapping[str, Any], list[Update]]], count: int, device: torch.device
-) -> list[int]:
+def _launch(plan: Plan, filled: list[Update], card: Card, pager: Pager) -> list[int]:
     """Launch the step; a flag for each parameter that is not empty, and one for damaged state."""
-    segments, tiles = bytearray(), 0
-    for group, updates in plan:
-        parameters = [_parameter(update) for update in updates if update.values.numel()]
-        written, tiles = _core.adamw_segments(parameters, first_tile=tiles, **options_of(group))
-        segments += written
-    table = torch.frombuffer(segments, dtype=torch.uint8)
-    if device.type == "cuda":
-        # From other memory the copy would wait for the card.
-        table = table.pin_memory().to(device, non_blocking=True)
-    flags = torch.zeros(count + 1, dtype=torch.int32, device=device)
-    program = cuda_ops.general_program("adamw", device)
-    stream = cuda_ops.stream_of(device)
-    arguments = (table.data_ptr(), count, tiles, flags.data_ptr())
-    program.launch("fourbit_adamw_check", stream, arguments)
-    program.launch("fourbit_adamw", stream, arguments)
+    round_ = pager.begin({update.param: local_moments(update.state) for update in filled})
+    table = _Table(plan, filled)
+    slices = [table.add(pieces) for pieces in round_.visits]
+    everything = _Slice(0, sum(part.segments for part in slices), 0, table.tiles)
+    # The rest is kept alive by torch until the current stream is done with it.
+    segments = table.on(card.device)
+    flags = torch.zeros(len(filled) + 1, dtype=torch.int32, device=card.device)
+    program = cuda_ops.general_program("adamw", card.device)
+    stream = cuda_ops.stream_of(card.device)
+
+    def launch(kernel: str, part: _Slice) -> None:
+        first = segments[part.first * _core.ADAMW_SEGMENT_BYTES :]
+        verdicts = flags.data_ptr(), flags[len(filled) :].data_ptr()
+        arguments = first.data_ptr(), part.segments, part.first_tile, part.tiles, *verdicts
+        program.launch(kernel, stream, arguments)
+
+    launch("fourbit_adamw_check", everything)
+    round_.run(lambda index: launch("fourbit_adamw", slices[index]))
     # The one moment of a step at which the processor waits for the card.
-    return flags.tolist()
+    read = card.read(flags)
+    round_.finish()
+    return read
 
 
-def _parameter(update: Update) -> tuple[list[int], int, list[str], int, int]:
-    moments = [local(update.state[moment]).data_ptr() for moment in MOMENTS]
+class _Slice(NamedTuple):
+    """Segments of the table that one launch takes.
+
+    Attributes:
+        first: the first one's number.
+        segments: how many there are.
+        first_tile: tiles of all segments before.
+        tiles: tiles of these.
+    """
+
+    first: int
+    segments: int
+    first_tile: int
+    tiles: int
+
+
+class _Table:
+    """What the kernel is told of all pieces of parameters.
+
+    Args:
+        plan: what is to be stepped.
+        filled: what of it is not empty; a parameter's place there is its flag's.
+    """
+
+    def __init__(self, plan: Plan, filled: Sequence[Update]) -> None:
+        self.tiles = 0
+        self._bytes = bytearray()
+        self._updates = {update.param: (index, update) for index, update in enumerate(filled)}
+        self._groups = {
+            update.param: index for index, (_, updates) in enumerate(plan) for update in updates
+        }
+        self._options = [options_of(group) for group, _ in plan]
+
+    def add(self, pieces: Sequence[Piece]) -> _Slice:
+        """Append what one launch steps."""
+        first, first_tile = len(self._bytes) // _core.ADAMW_SEGMENT_BYTES, self.tiles
+        # One call takes as many as have the same options.
+        for group, run in groupby(pieces, key=lambda piece: self._groups[piece.param]):
+            segments = [_segment(*self._updates[piece.param], piece) for piece in run]
+            written, self.tiles = _core.adamw_segments(
+                segments, first_tile=self.tiles, **self._options[group]
+            )
+            self._bytes += written
+        return _Slice(first, len(pieces), first_tile, self.tiles - first_tile)
+
+    def on(self, device: torch.device) -> Tensor:
+        """All of it: uint8 on a device."""
+        table = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        if device.type != "cuda":
+            return table
+        # From other memory the copy would wait for the card.
+        return table.pin_memory().to(device, non_blocking=True)
+
+
+def _segment(
+    number: int, update: Update, piece: Piece
+) -> tuple[list[int], int, list[str], int, int, int]:
     scales = [0, 0]
     if update.bits == 8:
+        block = piece.start // BLOCK_SIZE
         scales = [
             local_scales(update.state[f"{moment}_absmax"], update.param, BLOCK_SIZE).data_ptr()
+            + 4 * block
             for moment in MOMENTS
         ]
+    own = [
+        tensor.data_ptr() + piece.start * tensor.itemsize for tensor in (update.values, update.grad)
+    ]
     return (
-        [update.values.data_ptr(), update.grad.data_ptr(), *moments, *scales],
-        update.values.numel(),
+        [*own, *piece.addresses, *scales],
+        piece.stop - piece.start,
         [str(tensor.dtype).removeprefix("torch.") for tensor in (update.values, update.grad)],
         update.bits,
         int(update.state["step"]) + 1,
+        number,
     )
 
 

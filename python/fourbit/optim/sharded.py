@@ -36,6 +36,27 @@ def placements(tensor: Tensor | None) -> Any:
     return getattr(tensor, "placements", None)
 
 
+def shard_of(param: Tensor, values: Tensor) -> Tensor:
+    """A tensor distributed as a parameter is, whose shard here is `values` itself.
+
+    Args:
+        param: distributed or not.
+        values: contiguous, in the shape of the parameter's shard here; of any dtype.
+    """
+    if not is_distributed(param):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        values,
+        param.device_mesh,  # type: ignore[attr-defined]
+        placements(param),
+        run_check=False,
+        shape=param.shape,
+        stride=torch.empty(param.shape, device="meta").stride(),
+    )
+
+
 def zero_scales(param: Tensor, block_size: int) -> Tensor:
     """float32 zeros for the scales of blocks of a parameter, distributed as it is.
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.optim.sharded import is_distributed, local, placements, zero_scales
+from fourbit.optim.sharded import is_distributed, local, placements, shard_of, zero_scales
 
 BLOCK_SIZE = 256
 """Elements of a moment that share a scale."""
@@ -43,21 +43,40 @@ def bits_for(param: Tensor, state_bits: int) -> int:
     return 32 if param.numel() < MIN_8BIT_ELEMENTS else state_bits
 
 
-def new_state(param: Tensor, bits: int) -> State:
-    """The state before the first step. Codes with a scale of 0 are zeros, whatever they are."""
+def bits_of(state: State) -> int:
+    """The width of some state."""
+    return 8 if "exp_avg_absmax" in state else 32
+
+
+def moment_dtype(bits: int) -> torch.dtype:
+    """The dtype of moments in state of that width."""
+    return torch.float32 if bits == 32 else torch.uint8
+
+
+def new_state(param: Tensor, bits: int, moments: tuple[Tensor, Tensor]) -> State:
+    """The state before the first step. Codes with a scale of 0 are zeros, whatever they are.
+
+    Args:
+        param: whose state it is.
+        bits: 8 or 32.
+        moments: this process's part of both: zeros.
+    """
     state = {"step": torch.tensor(0.0, dtype=torch.float32)}
-    for moment in MOMENTS:
-        dtype = torch.float32 if bits == 32 else torch.uint8
-        state[moment] = torch.zeros_like(
-            param, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False
-        )
+    for moment, values in zip(MOMENTS, moments, strict=True):
+        state[moment] = shard_of(param, values)
         if bits == 8:
             state[f"{moment}_absmax"] = zero_scales(param, BLOCK_SIZE)
     return state
 
 
-def restored_state(param: Tensor, saved: object, bits: int, name: str) -> State:
-    """A checked copy of a parameter's saved state.
+def local_moments(state: State) -> tuple[Tensor, Tensor]:
+    """This process's part of both moments."""
+    first, second = (local(state[moment]) for moment in MOMENTS)
+    return first, second
+
+
+def check_state(param: Tensor, saved: object, bits: int, name: str) -> None:
+    """Check a parameter's saved state, so that `copy_state` may take it.
 
     Moments of 32-bit state are taken in float32, float16 and bfloat16, since ``torch.optim.AdamW``
     keeps them in the parameter's dtype. 8-bit state is taken as it is and in no other way.
@@ -74,45 +93,55 @@ def restored_state(param: Tensor, saved: object, bits: int, name: str) -> State:
     """
     if not isinstance(saved, Mapping):
         raise ValueError(f"the optimizer state of {name} is a {type(saved).__name__}, not a dict")
-    state = new_state(param, bits)
     is_8bit = "exp_avg_absmax" in saved or "exp_avg_sq_absmax" in saved
     if is_8bit != (bits == 8):
         raise ValueError(
             f"the optimizer state of {name} is {8 if is_8bit else 32}-bit where "
             f"{bits}-bit state is needed; use the state_bits it was saved with"
         )
-    for field in sorted(state.keys() - saved.keys()):
+    needed = {"step": torch.empty((), dtype=torch.float32)}
+    for moment in MOMENTS:
+        # Of a parameter, what counts is its shape and how it is distributed.
+        needed[moment] = param.detach()
+        if bits == 8:
+            needed[f"{moment}_absmax"] = zero_scales(param, BLOCK_SIZE)
+    for field in sorted(needed.keys() - saved.keys()):
         raise ValueError(f"the optimizer state of {name} lacks {field}; the state is damaged")
-    for field in sorted(saved.keys() - state.keys(), key=str):
+    for field in sorted(saved.keys() - needed.keys(), key=str):
         raise ValueError(f"the optimizer state of {name} has an unknown field {field!r}")
-    return {
-        field: _restored_field(fresh, saved[field], field, f"{field} of {name}")
-        for field, fresh in state.items()
-    }
+    for field, like in needed.items():
+        dtype = moment_dtype(bits) if field in MOMENTS else torch.float32
+        _check_field(like, dtype, saved[field], field, f"{field} of {name}")
 
 
-def _restored_field(fresh: Tensor, value: Any, field: str, where: str) -> Tensor:
+def copy_state(saved: Mapping[str, Any], state: State) -> None:
+    """Fill a new state with a checked one; moments are widened."""
+    for field, target in state.items():
+        value = saved[field]
+        plain = local(value.detach()) if isinstance(value, Tensor) else torch.tensor(value)
+        local(target).copy_(plain)
+
+
+def _check_field(like: Tensor, dtype: torch.dtype, value: Any, field: str, where: str) -> None:
     if field == "step" and isinstance(value, int | float):
         value = torch.tensor(float(value))
     if not isinstance(value, Tensor):
         raise ValueError(f"optimizer state {where} is a {type(value).__name__}, not a tensor")
-    if value.shape != fresh.shape:
+    if value.shape != like.shape:
         raise ValueError(
             f"optimizer state {where} has shape {list(value.shape)} where "
-            f"{list(fresh.shape)} is needed"
+            f"{list(like.shape)} is needed"
         )
-    if is_distributed(value) != is_distributed(fresh) or placements(value) != placements(fresh):
+    if is_distributed(value) != is_distributed(like) or placements(value) != placements(like):
         raise ValueError(f"optimizer state {where} is not sharded as the parameter is")
-    narrow = field in MOMENTS and fresh.dtype == torch.float32
-    allowed = {fresh.dtype, *((torch.float16, torch.bfloat16) if narrow else ())}
+    narrow = field in MOMENTS and dtype == torch.float32
+    allowed = {dtype, *((torch.float16, torch.bfloat16) if narrow else ())}
     if value.dtype not in allowed and field != "step":
         raise ValueError(
-            f"optimizer state {where} is {value.dtype} where {fresh.dtype} is needed; "
+            f"optimizer state {where} is {value.dtype} where {dtype} is needed; "
             "the state is damaged or was cast"
         )
-    copy = value.detach().to(device=local(fresh).device, dtype=fresh.dtype, copy=True).contiguous()
-    _check_numbers(local(copy), field, where)
-    return copy
+    _check_numbers(local(value.detach()), field, where)
 
 
 def _check_numbers(values: Tensor, field: str, where: str) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fourbit import _core
+from fourbit.optim.options import options_of
 from fourbit.optim.sharded import local, local_scales
-from fourbit.optim.state import BLOCK_SIZE, State
+from fourbit.optim.state import BLOCK_SIZE, State, bits_of
 
 
 class Update(NamedTuple):
@@ -32,7 +33,7 @@ class Update(NamedTuple):
     @property
     def bits(self) -> int:
         """The width of the state."""
-        return 8 if "exp_avg_absmax" in self.state else 32
+        return bits_of(self.state)
 
 
 def shares_memory(updates: list[Update]) -> Tensor | None:
@@ -92,15 +93,3 @@ def finish(updates: list[Update], skipped: set[int]) -> None:
             memory.copy_(update.values)
         # The core writes behind autograd's back; graphs that saved the old values must notice.
         increment_version(update.param)
-
-
-def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options as the core takes them."""
-    return {
-        "lr": float(group["lr"]),
-        "beta1": float(group["betas"][0]),
-        "beta2": float(group["betas"][1]),
-        "eps": float(group["eps"]),
-        "weight_decay": float(group["weight_decay"]),
-        "maximize": bool(group["maximize"]),
-    }

@@ -1,0 +1,209 @@
+"""The pager of managed memory, which the driver moves out when it needs room on the card.
+
+In a step, pages that are not on the card are prefetched on a side stream while others are stepped,
+and where there is no room for them, those that were stepped are given back on another stream. So
+copies go in both directions at once and beside the launches; left to itself the driver would move
+one piece a fault, and make room only when it is wanted.
+
+Nothing is ever wrong where this is late or mistaken: the card may read managed memory wherever it
+is, only slower. What is to be known for it to be fast is which pages are on the card. The driver
+moves pages out when somebody asks for memory and there is none, and it tells nobody. But it has not
+done so
+
+- if torch has asked for no memory since the last step, or
+- if even at torch's greatest use, all else as now, memory was left.
+
+Then a step in which all pages are there is one launch, as without paging. Otherwise no page is
+taken to be there, and all are prefetched; for those that are, that is a short call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+
+from torch import Tensor
+
+from fourbit.optim.paging.card import Allocations, Card, Stream
+from fourbit.optim.paging.pages import GRANULE, PAGE_BYTES, Moments, Page, Pages, Span, Wanted
+from fourbit.optim.paging.report import Counters
+from fourbit.optim.paging.round import Piece, Round, Streams, Waits, chosen, run_visits, seconds
+from fourbit.optim.paging.schedule import Visit, schedule
+
+RESERVE = 64 * 2**20
+"""Bytes of the card that are left alone: below so much the driver may be moving pages out."""
+
+LEAST_ROOM = 3 * PAGE_BYTES
+"""Room that pages take in any case: one is stepped while one comes and one leaves."""
+
+LOOK_EVERY = 64
+"""Steps after which pages are prefetched though they should be there: others use memory too."""
+
+
+class UnifiedPager:
+    """As `Pager`."""
+
+    name = "unified"
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+        self._pages = Pages()
+        self._streams: Streams | None = None
+        # Pages that are on the card, as far as is known.
+        self._present: set[Page] = set()
+        self._seen: Allocations | None = None
+        self._steps_since_look = 0
+        self.counters = Counters()
+
+    @property
+    def pages(self) -> int:
+        """As `Pager`."""
+        return len(self._pages.all)
+
+    @property
+    def nbytes(self) -> int:
+        """As `Pager`."""
+        return self._pages.nbytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """As `Pager`."""
+        return sum(page.nbytes for page in self._pages.all if page in self._present)
+
+    def add(self, wanted: Sequence[Wanted]) -> list[Moments]:
+        """As `Pager`."""
+        moments, pages = self._pages.add(wanted, self._card.managed)
+        # The card wrote their zeros. If it had no room, the look before the next step finds out.
+        self._present.update(pages)
+        self._seen = None
+        return moments
+
+    def holds(self, param: Tensor, moments: Moments) -> bool:
+        """As `Pager`."""
+        return self._pages.holds(param, moments)
+
+    def keep(self, params: Container[Tensor]) -> None:
+        """As `Pager`."""
+        self._pages.keep(params)
+        self._present.intersection_update(self._pages.all)
+
+    def begin(self, moments: dict[Tensor, Moments]) -> Round:
+        """As `Pager`."""
+        self._look()
+        pages = self._pages.all
+        numbers, spans = chosen(pages, set(moments))
+        pieces = {
+            number: _pieces(pages[number], of_page)
+            for number, of_page in zip(numbers, spans, strict=True)
+        }
+        if all(pages[number] in self._present for number in numbers):
+            return Round([[piece for of_page in pieces.values() for piece in of_page]])
+        present = [number for number, page in enumerate(pages) if page in self._present]
+        plan, _ = schedule(numbers, [page.room for page in pages], present, self._room())
+        return _UnifiedRound(self, plan, [pieces[visit.page] for visit in plan])
+
+    def page_out(self) -> None:
+        """As `Pager`. The processor waits until it is done."""
+        _, outward = self._side_streams()
+        self._card.wait(outward, self._card.record(self._card.current_stream()))
+        for page in self._pages.all:
+            self._give_back(page, outward)
+        self._card.synchronize(outward)
+
+    def page_in(self) -> None:
+        """As `Pager`. The processor does not wait."""
+        self._look()
+        inward, _ = self._side_streams()
+        room = self._card.free_bytes() - RESERVE
+        for page in self._pages.all:
+            if page in self._present:
+                continue
+            room -= page.room
+            if room < 0 or not self._bring(page, inward):
+                break
+
+    def _look(self) -> None:
+        """Find out whether the driver may have moved pages out since they were brought."""
+        now, before = self._card.allocations(), self._seen
+        self._steps_since_look += 1
+        if now is not None and now == before and self._steps_since_look < LOOK_EVERY:
+            return
+        self._seen = now
+        if (
+            now is None
+            or (before is not None and now.peak < before.peak)  # somebody set it back
+            or self._card.free_bytes() - (now.peak - now.reserved) < RESERVE
+        ):
+            self._present.clear()
+        elif self._steps_since_look >= LOOK_EVERY:
+            # What others did to the card's memory shows in nothing; where they did nothing, this
+            # is a few short calls.
+            for page in self._present:
+                self._prefetch(page, self._side_streams().inward, to_card=True)
+            self._steps_since_look = 0
+
+    def _room(self) -> int:
+        free = self._card.free_bytes() - RESERVE
+        return max(free + sum(page.room for page in self._present), LEAST_ROOM)
+
+    def _side_streams(self) -> Streams:
+        if self._streams is None:
+            self._streams = Streams(self._card.side_stream(), self._card.side_stream())
+        return self._streams
+
+    def _bring(self, page: Page, stream: Stream) -> bool:
+        if not self._prefetch(page, stream, to_card=True):
+            return False
+        self._present.add(page)
+        self.counters.bytes_in += page.nbytes
+        self.counters.faults_avoided += -(-page.nbytes // GRANULE)
+        return True
+
+    def _give_back(self, page: Page, stream: Stream) -> None:
+        self._prefetch(page, stream, to_card=False)
+        if page in self._present:
+            self._present.remove(page)
+            self.counters.bytes_out += page.nbytes
+
+    def _prefetch(self, page: Page, stream: Stream, *, to_card: bool) -> bool:
+        moved = [
+            self._card.prefetch(part.memory, part.start, part.size, to_card=to_card, on=stream)
+            for part in page.ranges
+        ]
+        return all(moved)
+
+
+def _pieces(page: Page, spans: Sequence[Span]) -> list[Piece]:
+    bases = [part.address for part in page.ranges]
+    pieces = []
+    for span in spans:
+        first, second = (bases[place.part] + place.offset for place in span.places)
+        pieces.append(Piece(span.param, span.start, span.stop, (first, second)))
+    return pieces
+
+
+class _UnifiedRound(Round):
+    def __init__(
+        self,
+        pager: UnifiedPager,
+        plan: list[Visit],
+        visits: list[list[Piece]],
+    ) -> None:
+        super().__init__(visits)
+        self._pager, self._plan = pager, plan
+        self._waits: Waits = []
+
+    def run(self, launch: Callable[[int], None]) -> None:
+        pager = self._pager
+        pages = pager._pages.all
+        self._waits = run_visits(
+            pager._card,
+            pager._side_streams(),
+            self._plan,
+            bring=lambda number, stream: pager._bring(pages[number], stream),
+            launch=launch,
+            give_back=lambda number, stream: pager._give_back(pages[number], stream),
+        )
+        pager.counters.paged_steps += 1
+
+    def finish(self) -> None:
+        self._pager.counters.seconds_waiting += seconds(self._pager._card, self._waits)
