@@ -39,9 +39,9 @@ def random_tensor(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tens
 @given(
     contents=st.lists(
         st.tuples(
-            st.text(
-                st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12
-            ).filter(lambda name: name != "__metadata__"),
+            st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12).filter(
+                lambda name: name != "__metadata__"
+            ),
             st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool]),
             st.lists(st.integers(0, 5), max_size=3),
         ),
