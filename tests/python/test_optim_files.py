@@ -561,7 +561,7 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     model = fourbit.add_lora(nn.Sequential(nn.Linear(64, 64)), r=2)
     fourbit.save_adapter(model, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    with pytest.raises(CheckpointError, match="holds no fourbit.optimizer; it is a file of anot"):
+    with pytest.raises(CheckpointError, match=r"holds no fourbit\.optimizer; it is a file of anot"):
         load_optimizer(optimizer, path)
     with pytest.raises(TypeError, match="not a PagedAdamW"):
         load_optimizer(torch.optim.AdamW(parameters([(3,)])), path)  # type: ignore[arg-type]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_tensors_in_any_layout_and_larger_than_a_piece(tmp_path: Path) -> None:
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="second has NaN"):
         write(tmp_path / "x", {"first": torch.ones(3), "second": torch.tensor([1.0, torch.nan])})
-    with pytest.raises(TypeError, match="z is torch.complex64"):
+    with pytest.raises(TypeError, match=r"z is torch\.complex64"):
         write(tmp_path / "x", {"z": torch.ones(1, dtype=torch.complex64)})
     with (tmp_path / "x").open("wb") as out, pytest.raises(ValueError, match="header would take"):
         write_tensors(out, {"a": torch.ones(1)}, {"note": "x" * 100}, max_header_bytes=100)
@@ -210,6 +210,14 @@ def mutated(header: bytes, source: random.Random) -> bytes:
     return header[:at] + header[at : min(end, at + 20)] + header[at:]
 
 
+def opened(reader: Any, path: Path) -> Any:
+    """The reader, or why it refused."""
+    try:
+        return reader(path)
+    except CheckpointError as error:
+        return str(error)
+
+
 def test_it_accepts_what_the_core_accepts(tmp_path: Path) -> None:
     """Of headers that are broken a little, here and there."""
     path = tmp_path / "model.safetensors"
@@ -228,24 +236,19 @@ def test_it_accepts_what_the_core_accepts(tmp_path: Path) -> None:
     for _ in range(4000):
         broken = mutated(header, source)
         path.write_bytes(joined(broken, data))
-        core: _core.CheckpointReader | None = None
-        try:
-            core = _core.CheckpointReader(tmp_path)
-        except CheckpointError as error:
-            reason = str(error)
-        try:
-            with TensorFile(path) as ours:
-                assert core is not None, (broken, reason)
-                entries = {entry["name"]: entry for entry in core.tensors()}
-                assert ours.metadata == core.metadata[path.name]
-                assert ours.tensors.keys() == entries.keys()
-                for name, tensor in ours.tensors.items():
-                    assert tensor.dtype == TORCH_DTYPES[entries[name]["dtype"]]
-                    assert list(tensor.shape) == entries[name]["shape"]
-                accepted += 1
-        except CheckpointError as error:
+        core = opened(_core.CheckpointReader, tmp_path)
+        ours = opened(TensorFile, path)
+        if not isinstance(ours, TensorFile):
             # The core knows types that torch has not.
-            known = "which torch has none for" in str(error) and '"dtype"' in broken.decode()
-            assert core is None or known, (broken, error)
+            assert isinstance(core, str) or "which torch has none for" in ours, (broken, ours)
+            continue
+        ours.close()
+        assert isinstance(core, _core.CheckpointReader), (broken, core)
+        entries = {entry["name"]: entry for entry in core.tensors()}
+        assert ours.metadata == core.metadata[path.name]
+        assert ours.tensors.keys() == entries.keys()
+        for name, tensor in ours.tensors.items():
+            assert tensor.dtype == TORCH_DTYPES[entries[name]["dtype"]]
+            assert list(tensor.shape) == entries[name]["shape"]
+        accepted += 1
     assert 100 < accepted < 3900
-    assert json.loads(header)["__metadata__"] == {"note": "text"}
