@@ -6,6 +6,8 @@ import copy
 import errno
 import json
 import os
+import random
+import re
 import shutil
 import stat
 import struct
@@ -44,7 +46,7 @@ def step(optimizer: PagedAdamW, number: int, *, without: frozenset[int] = frozen
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):
         gradient = torch.randn(param.shape, generator=source).to(param.dtype)
-        param.grad = None if index in without else gradient
+        param.grad = None if index in without else gradient.to(param.device)
     optimizer.step()
 
 
@@ -229,6 +231,39 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"state\.0\.exp_avg has NaN"):
         save_optimizer(optimizer, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_optimizer_that_accelerate_has_wrapped(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    optimizer = stepped()
+    prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    assert not isinstance(prepared, PagedAdamW)
+    save_optimizer(prepared, tmp_path / "x")
+    other = stepped(32)
+    load_optimizer(accelerate.Accelerator(cpu=True).prepare(other), tmp_path / "x")
+    assert same(other.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", [8, 32])
+def test_from_a_card_and_to_a_card(bits: int, tmp_path: Path) -> None:
+    """The file does not say where state was, and the run goes on in the same bits."""
+    shapes = [(90, 70), (3000, 2000), (40,)]
+    params = [nn.Parameter(param.detach().cuda()) for param in parameters(shapes)]
+    optimizer = PagedAdamW(params, state_bits=bits)
+    for number in range(2):
+        step(optimizer, number)
+    save_optimizer(optimizer, tmp_path / "card")
+    on_host = PagedAdamW(parameters(shapes), state_bits=bits)
+    load_optimizer(on_host, tmp_path / "card")
+    save_optimizer(on_host, tmp_path / "host")
+    assert (tmp_path / "host").read_bytes() == (tmp_path / "card").read_bytes()
+    again = [nn.Parameter(param.detach().clone()) for param in params]
+    back = PagedAdamW(again, state_bits=bits)
+    load_optimizer(back, tmp_path / "host")
+    for one in (optimizer, back):
+        step(one, 2)
+    assert same([param.data for param in params], [param.data for param in again])
 
 
 def test_sharded_state_is_sent_elsewhere(tmp_path: Path) -> None:
@@ -549,6 +584,45 @@ def test_options_that_are_no_json(text: str, message: str, tmp_path: Path) -> No
     Damaged(tmp_path / "x").write(text)
     with pytest.raises(CheckpointError, match=message):
         load_optimizer(optimizer, tmp_path / "x")
+
+
+FRAGMENTS = (
+    *("0", "1", "-1", "2.5", "1e400", "true", "null", "[]", "{}", '""', '"lr"', "[[1]]", "{", "]"),
+    *('"params"', '"betas":', '"param_names":["a","b","c"]', '{"tensor":"state.1.step"}', ","),
+    *('{"list":[1]}', "\\ud800", "9" * 5000, '"state_bits":8', '"lr":"x"', ":", "é"),
+)
+
+
+def test_options_with_any_part_replaced(tmp_path: Path) -> None:
+    """With good checksums: refused by name, or loaded; no other error, and never half of it."""
+    optimizer = stepped()
+    path = tmp_path / "x"
+    save_optimizer(optimizer, path)
+    damaged = Damaged(path)
+    text = json.dumps(damaged.options)
+    values = [
+        match.span() for match in re.finditer(r'"\w+"|[\d.e-]+|\[[^\[\]]*\]|true|false', text)
+    ]
+    source = random.Random(3)
+    target = stepped(32)
+    before = copy.deepcopy(target.state_dict())
+    refused = 0
+    for _ in range(2500):
+        if source.random() < 0.7:
+            start, end = source.choice(values)
+        else:
+            start = source.randrange(len(text))
+            end = start + source.randrange(12)
+        damaged.write(text[:start] + source.choice(FRAGMENTS) + text[end:])
+        try:
+            load_optimizer(target, path)
+        except CheckpointError:
+            assert same(target.state_dict(), before)
+            refused += 1
+        else:
+            assert same(target.state_dict()["state"], optimizer.state_dict()["state"])
+            target = stepped(32)
+    assert 1000 < refused < 2500
 
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:

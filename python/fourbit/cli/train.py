@@ -103,8 +103,8 @@ def finetune(
     pager: Annotated[
         str,
         typer.Option(
-            help="Where the optimizer's state lives: resident (on the GPU), unified or pinned "
-            "(where there is room, there or in the host's memory), or auto.",
+            help="Where the optimizer's state lives: resident (beside the parameters), unified "
+            "(moves between GPU and host), pinned (on the host) or auto.",
             callback=one_of("auto", "unified", "pinned", "resident"),
         ),
     ] = _DEFAULTS.pager,

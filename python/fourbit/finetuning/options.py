@@ -39,9 +39,9 @@ class FinetuneOptions:
         weight_decay: of the adapters.
         max_grad_norm: gradients are scaled down to this norm.
         optimizer_bits: bits of the optimizer's state, 8 or 32.
-        pager: where the optimizer's state lives: "resident" on the device, "unified" or "pinned"
-            wherever there is room, the GPU's memory or the host's; "auto" chooses. The results are
-            the same bits.
+        pager: where the optimizer's state lives: "resident" beside the parameters, "unified" in
+            memory that moves between GPU and host, "pinned" in the host's; "auto" chooses. The
+            results are the same bits. See `PagedAdamW`.
         max_length: tokens at which a sequence is cut.
         packing: put several examples into one sequence of `max_length`.
         assistant_only: of messages, learn the assistant's turns only; None does so where they can

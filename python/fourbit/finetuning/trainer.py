@@ -33,6 +33,7 @@ from fourbit.finetuning.paging import PagingLog, ReportsPaging
 from fourbit.finetuning.record import OPTIMIZER_FILE, SCHEDULER_FILE
 from fourbit.lora import save_adapter
 from fourbit.optim import PagedAdamW, load_optimizer, save_optimizer
+from fourbit.optim.files import unwrapped
 
 LOSS_LOG = "loss.jsonl"
 
@@ -75,9 +76,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no t
     @property
     def paged_optimizer(self) -> PagedAdamW:
         """The optimizer itself, without accelerate's wrapper; there is one once training starts."""
-        own: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert isinstance(own, PagedAdamW)
-        return own
+        return unwrapped(self.optimizer)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

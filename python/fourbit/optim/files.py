@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fourbit._core import CheckpointError
@@ -46,7 +47,7 @@ _MAX_OPTION_BYTES = 8
 _LISTS = ("params", "param_names")
 
 
-def save_optimizer(optimizer: PagedAdamW, path: str | os.PathLike[str]) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
     """Write an optimizer's state and options, exactly.
 
     The file is written under a temporary name, flushed to the disk and renamed: a killed process
@@ -54,16 +55,17 @@ def save_optimizer(optimizer: PagedAdamW, path: str | os.PathLike[str]) -> None:
     device they are on; of those on a GPU some MiB at a time are copied.
 
     Args:
-        optimizer: of plain parameters.
+        optimizer: a `PagedAdamW` of plain parameters, or accelerate's wrapper of one.
         path: of the file; an older one is replaced. Its folder must exist.
 
     Raises:
         ValueError: for sharded state (FSDP2), and for an option or an entry of the state dict that
             is neither a tensor nor JSON's.
+        TypeError: for another optimizer.
         NonFiniteError: naming state that holds NaN or infinity.
         OSError: if the file cannot be written.
     """
-    _check_class(optimizer)
+    optimizer = unwrapped(optimizer)
     state_dict = optimizer.state_dict()
     states: dict[Any, Any] = state_dict["state"]
     groups: list[dict[str, Any]] = state_dict["param_groups"]
@@ -96,7 +98,7 @@ def save_optimizer(optimizer: PagedAdamW, path: str | os.PathLike[str]) -> None:
     )
 
 
-def load_optimizer(optimizer: PagedAdamW, path: str | os.PathLike[str]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
     """Go on from a file of `save_optimizer`, in the same bits.
 
     As with ``load_state_dict``, the options come from the file, `state_bits` and the learning rate
@@ -104,15 +106,16 @@ def load_optimizer(optimizer: PagedAdamW, path: str | os.PathLike[str]) -> None:
     them, the names must agree. Any pager and device will do. State is read tensor by tensor.
 
     Args:
-        optimizer: made with the same parameters in the same groups.
+        optimizer: a `PagedAdamW`, wrapped or not, made with the same parameters in the same groups.
         path: of the file.
 
     Raises:
         FileNotFoundError: without such a file.
+        TypeError: for another optimizer.
         CheckpointError: naming the file and the tensor or option that is damaged, missing, unknown,
             or of another shape. The optimizer is as it was then.
     """
-    _check_class(optimizer)
+    optimizer = unwrapped(optimizer)
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     with TensorFile(path, max_header_bytes=_header_limit(count)) as file:
         options = _options(file)
@@ -130,9 +133,16 @@ def load_optimizer(optimizer: PagedAdamW, path: str | os.PathLike[str]) -> None:
     optimizer.skipped_updates = options["skipped_updates"]
 
 
-def _check_class(optimizer: object) -> None:
-    if not isinstance(optimizer, PagedAdamW):
-        raise TypeError(f"the optimizer is a {type(optimizer).__name__}, not a PagedAdamW")
+def unwrapped(optimizer: torch.optim.Optimizer) -> PagedAdamW:
+    """The optimizer itself, where accelerate's ``prepare`` has wrapped it.
+
+    Raises:
+        TypeError: if it is another optimizer.
+    """
+    own = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(own, PagedAdamW):
+        raise TypeError(f"the optimizer is a {type(own).__name__}, not a PagedAdamW")
+    return own
 
 
 def _header_limit(parameters: int) -> int:
