@@ -142,11 +142,8 @@ def test_tensors_have_the_names_of_their_parameters(tmp_path: Path) -> None:
     assert not optimizer.state_dict()["state"]
 
 
-@pytest.mark.parametrize("name", ["", "line\nbreak", "x" * 1001, "\ud800"])
+@pytest.mark.parametrize("name", ["", "line\nbreak", "x" * 1001, "é" * 501])
 def test_names_that_no_tensor_can_have(name: str, tmp_path: Path) -> None:
-    if name == "\ud800":
-        # JSON in UTF-8 has no place for half a character, in a name or elsewhere.
-        name = "é" * 501
     optimizer = PagedAdamW([(name, parameters([(3,)])[0])])
     step(optimizer, 0)
     save_optimizer(optimizer, tmp_path / "x")
