@@ -13,11 +13,13 @@ The modules, in the order in which data flows through them:
 ``model_io``        `save`, `load`: models and folders
 ``integrations``    `from_pretrained`
 ``training``        `prepare_for_training`
-``optim``           `PagedAdamW`
+``optim``           `PagedAdamW`, `save_optimizer`, `load_optimizer`
 ``data``            training data, checked before a run
 ``finetuning``      `finetune`: a training run on TRL
 ``generation``      `generate`: text from a model
 ``export``          `export_merged`: back to 16 bits
+``files``           files that are there whole or not at all
+``tensor_file``     one safetensors file, written as a stream and read strictly
 ``nvrtc``           where the compiler of the CUDA kernels is
 ``diagnosis``       `doctor`: what of all this works on this machine
 ``cli``             the ``fourbit`` command
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from fourbit.lora.merge import merge, unmerge
     from fourbit.model import quantize_model
     from fourbit.model_io import load, save
-    from fourbit.optim import PagedAdamW
+    from fourbit.optim import PagedAdamW, load_optimizer, save_optimizer
     from fourbit.quantized import QuantizedTensor, dequantize, quantize
     from fourbit.training import prepare_for_training
 
@@ -73,6 +75,7 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter",
+    "load_optimizer",
     "merge",
     "prepare_for_training",
     "quantize",
@@ -80,6 +83,7 @@ __all__ = [
     "remove_lora",
     "save",
     "save_adapter",
+    "save_optimizer",
     "unmerge",
     "verify",
 ]
@@ -98,7 +102,7 @@ _HOMES = {
     "lora": ("add_lora", "load_adapter", "merge", "remove_lora", "save_adapter", "unmerge"),
     "model": ("quantize_model",),
     "model_io": ("load", "save"),
-    "optim": ("PagedAdamW",),
+    "optim": ("PagedAdamW", "load_optimizer", "save_optimizer"),
     "quantized": ("QuantizedTensor", "dequantize", "quantize"),
     "training": ("prepare_for_training",),
 }

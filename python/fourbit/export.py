@@ -19,13 +19,13 @@ from fourbit.lora import LoraLinear, lora_modules, merged_weight
 from fourbit.model_io import (
     TensorGroup,
     config_files,
-    file_dtype,
     plain_group,
     untied_state,
     was_untied,
     without_quantization,
     write_groups,
 )
+from fourbit.tensor_file import file_dtype
 
 TOKENIZER_FILES = (
     "tokenizer.json",

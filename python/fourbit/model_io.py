@@ -24,24 +24,9 @@ from fourbit.lora.attach import has_adapter
 from fourbit.lora.layer import LoraLinear
 from fourbit.model import replace_module
 from fourbit.quantized import QuantizedTensor
+from fourbit.tensor_file import TORCH_DTYPES, file_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_FILE_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-_TORCH_DTYPES = {name: dtype for dtype, name in _FILE_DTYPES.items()}
 
 
 # --- save -----------------------------------------------------------------------------------------
@@ -135,18 +120,6 @@ def _part(quantized: QuantizedTensor, part: str, state: bytes) -> Tensor:
     tensor: Tensor | None = getattr(quantized, part)
     assert tensor is not None, part
     return tensor
-
-
-def file_dtype(name: str, dtype: torch.dtype) -> str:
-    """The file format's name of a dtype.
-
-    Raises:
-        TypeError: naming the tensor, where there is none.
-    """
-    try:
-        return _FILE_DTYPES[dtype]
-    except KeyError:
-        raise TypeError(f"{name} is {dtype}, which the file format has no type for") from None
 
 
 def untied_state(model: nn.Module, *, apart: Collection[str] = ()) -> dict[str, Tensor]:
@@ -352,7 +325,7 @@ def load(
 
 def _torch_dtype(entry: Any) -> torch.dtype:
     try:
-        return _TORCH_DTYPES[entry["dtype"]]
+        return TORCH_DTYPES[entry["dtype"]]
     except KeyError:
         raise CheckpointError(
             f"{entry['name']} is {entry['dtype']}, which torch has no type for"
@@ -424,11 +397,11 @@ def _check_names(
     for name, entry in plain.items():
         if name not in state:
             raise refuse(f"the model has no tensor {name}")
-        if name in packed or state[name].dtype == torch.uint8 != _TORCH_DTYPES.get(entry["dtype"]):
+        if name in packed or state[name].dtype == torch.uint8 != TORCH_DTYPES.get(entry["dtype"]):
             raise refuse(f"{name} is quantized in the model, but not in the folder")
         if list(state[name].shape) != list(entry["shape"]):
             raise refuse(f"{name} is {entry['shape']}, and {list(state[name].shape)} in the model")
-        if entry["dtype"] not in _TORCH_DTYPES:
+        if entry["dtype"] not in TORCH_DTYPES:
             raise refuse(f"{name} is {entry['dtype']}, which torch has no type for")
         filled.add(id(state[name]))
     # By identity: a tied or shared tensor is filled under any of its names.

@@ -100,6 +100,14 @@ def finetune(
     optimizer_bits: Annotated[
         int, typer.Option(help="Bits of the optimizer's state: 8 or 32.", callback=one_of(8, 32))
     ] = _DEFAULTS.optimizer_bits,
+    pager: Annotated[
+        str,
+        typer.Option(
+            help="Where the optimizer's state lives: resident (beside the parameters), unified "
+            "(moves between GPU and host), pinned (on the host) or auto.",
+            callback=one_of("auto", "unified", "pinned", "resident"),
+        ),
+    ] = _DEFAULTS.pager,
     max_length: Annotated[
         int, typer.Option(help="Tokens at which a sequence is cut.")
     ] = _DEFAULTS.max_length,
@@ -268,6 +276,22 @@ def _held_out_row(report: FinetuneReport) -> dict[str, str]:
     return {"held out": row}
 
 
+def _optimizer_rows(report: FinetuneReport) -> dict[str, str]:
+    rows = {}
+    if report.pager != "resident":
+        rows["paging"] = (
+            f"{report.pager}: {screen.size(report.paging_bytes_in)} in, "
+            f"{screen.size(report.paging_bytes_out)} out, "
+            f"{screen.duration(report.paging_seconds_waiting)} waiting"
+        )
+    if report.skipped_updates:
+        rows["skipped"] = (
+            f"{screen.plural(report.skipped_updates, 'update')} of single tensors, for NaN or "
+            "infinity in the gradient"
+        )
+    return rows
+
+
 def _say_report(report: FinetuneReport) -> None:
     learned = {"assistant": "the assistant's turns", "completion": "completions", "all": "all text"}
     memory = [] if report.peak_memory_bytes is None else [screen.size(report.peak_memory_bytes)]
@@ -281,6 +305,7 @@ def _say_report(report: FinetuneReport) -> None:
         f"{screen.plural(report.examples, 'sequence')}",
         "steps": f"{report.steps}{resumed}",
         "time": f"{screen.duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s",
+        **_optimizer_rows(report),
         "trainable": f"{report.trainable_parameters:,} parameters",
         "adapter": f"{report.output}, {screen.size(report.adapter_bytes)}",
         "peak memory": ", ".join(memory) or "not known here",

@@ -1,4 +1,4 @@
-"""Fine-tuning: options, the run, its record, its trainer and its loss curve.
+"""Fine-tuning: options, the run, its record, its trainer, its paging and its loss curve.
 
 ``run`` holds `finetune`; ``trainer`` is the only module that imports TRL, and is imported when a
 run starts.

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 InitLora = Literal["default", "gaussian"]
+# As `fourbit.optim.adamw.Pager`, whose import takes seconds.
+Pager = Literal["auto", "unified", "pinned", "resident"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,9 @@ class FinetuneOptions:
         weight_decay: of the adapters.
         max_grad_norm: gradients are scaled down to this norm.
         optimizer_bits: bits of the optimizer's state, 8 or 32.
+        pager: where the optimizer's state lives: "resident" beside the parameters, "unified" in
+            memory that moves between GPU and host, "pinned" in the host's; "auto" chooses. The
+            results are the same bits. See `PagedAdamW`.
         max_length: tokens at which a sequence is cut.
         packing: put several examples into one sequence of `max_length`.
         assistant_only: of messages, learn the assistant's turns only; None does so where they can
@@ -71,6 +76,7 @@ class FinetuneOptions:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.3
     optimizer_bits: Literal[8, 32] = 8
+    pager: Pager = "auto"
     max_length: int = 1024
     packing: bool = False
     assistant_only: bool | None = None
@@ -93,6 +99,7 @@ class FinetuneOptions:
             ("dtype", Dtype),
             ("lr_schedule", Schedule),
             ("init_lora_weights", InitLora),
+            ("pager", Pager),
         ):
             if getattr(self, name) not in get_args(choices):
                 known = ", ".join(get_args(choices))

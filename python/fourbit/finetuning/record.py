@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fourbit.files import replace_file
 from fourbit.finetuning.options import FinetuneOptions
 
 RECORD = "fourbit_run.json"
 _FORMAT = 1
 # What a resumed run may change: none of it bears on the steps that were done.
-_FREE_ON_RESUME = {"epochs", "max_steps", "save_steps", "save_limit"}
-_TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-# What a checkpoint consists of; the trainer writes the last of them last.
+_FREE_ON_RESUME = {"epochs", "max_steps", "pager", "save_steps", "save_limit"}
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.pt"
+# What the optimizer of earlier versions' checkpoints is in.
+_OLD_OPTIMIZER_FILE = "optimizer.pt"
+# What a checkpoint consists of besides the optimizer; the trainer writes the last of them last.
 _CHECKPOINT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
-    *_TORCH_FILES,
+    SCHEDULER_FILE,
+    "rng_state.pth",
     "trainer_state.json",
 )
 # What tells one base model from another without reading its weights.
@@ -56,9 +60,7 @@ class RunRecord:
     def write(self, folder: Path) -> None:
         """Write it into the run's folder; an older one is replaced."""
         text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
-        aside = folder / f".{RECORD}.{os.getpid()}.tmp"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(folder / RECORD)
+        replace_file(folder / RECORD, lambda file: file.write(text.encode()))
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -124,13 +126,24 @@ def steps_of(checkpoint: Path) -> int:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    if not all((checkpoint / name).is_file() for name in _CHECKPOINT_FILES):
-        return False
-    # A zip archive has its directory at its end, which one that was cut off lacks.
-    if not all(zipfile.is_zipfile(checkpoint / name) for name in _TORCH_FILES):
-        return False
+    is_old = not (checkpoint / OPTIMIZER_FILE).is_file()
+    files = (_OLD_OPTIMIZER_FILE if is_old else OPTIMIZER_FILE, *_CHECKPOINT_FILES)
+    return all((checkpoint / name).is_file() and _is_whole(checkpoint / name) for name in files)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of a checkpoint was not cut off; its contents are checked when it is read."""
+    if path.suffix in (".pt", ".pth"):
+        # A zip archive has its directory at its end.
+        return zipfile.is_zipfile(path)
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if path.suffix == ".safetensors":
+            # Late: it imports torch.
+            from fourbit.tensor_file import TensorFile
+
+            TensorFile(path).close()
+        else:
+            json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
     return True

@@ -23,6 +23,7 @@ from fourbit.data import (
 )
 from fourbit.finetuning.curve import draw_loss_curve
 from fourbit.finetuning.options import FinetuneOptions
+from fourbit.finetuning.paging import totals
 from fourbit.finetuning.record import (
     RunRecord,
     holds_run,
@@ -60,6 +61,12 @@ class FinetuneReport:
         trainable_parameters: numbers that were trained.
         adapter_bytes: size of ``adapter_model.safetensors``.
         tokens: tokens seen by this call, padding not counted.
+        skipped_updates: updates of single tensors that were left out in the whole run for NaN or
+            infinity in the gradient.
+        pager: where the optimizer's state lived: "resident", "unified" or "pinned".
+        paging_bytes_in: of that state, moved to the GPU by this call.
+        paging_bytes_out: moved to the host.
+        paging_seconds_waiting: that steps waited for it.
         seconds: of training, without loading.
         peak_memory_bytes: largest resident memory of the process so far; None where it cannot be
             asked for.
@@ -81,6 +88,11 @@ class FinetuneReport:
     trainable_parameters: int
     adapter_bytes: int
     tokens: int
+    skipped_updates: int
+    pager: str
+    paging_bytes_in: int
+    paging_bytes_out: int
+    paging_seconds_waiting: float
     seconds: float
     peak_memory_bytes: int | None
     peak_gpu_bytes: int | None
@@ -134,7 +146,7 @@ def finetune(
         tokenizer: in place of the model folder's.
         resume: go on from the newest checkpoint in `output`, and end in the same bits as without
             the interruption. Options that are not given are those of the first run; others must
-            agree with it, but for `epochs`, `max_steps`, `save_steps` and `save_limit`.
+            agree with it, but for `epochs`, `max_steps`, `pager`, `save_steps` and `save_limit`.
         progress: called with a `StepProgress` after each optimizer step.
         note: called with sentences that a user should see; by default they are logged as warnings.
         should_stop: asked after each step; when it says True a checkpoint is saved and
@@ -153,6 +165,7 @@ def finetune(
     record, settings = _settings(folder, resume, options)
     if isinstance(model, str | Path):
         require_quantized(Path(model))
+    _check_pager(settings)
     # What can be wrong with data and tokenizer is said before the model is read.
     examples = load_training_data(data)
     held_out = None if eval_data is None else load_training_data(eval_data)
@@ -260,6 +273,16 @@ def _settings(
         # A model folder, for one: its tokenizer would be written over.
         raise FileExistsError(f"{folder} is not empty; give a new or empty folder")
     return None, FinetuneOptions(**given)
+
+
+def _check_pager(settings: FinetuneOptions) -> None:
+    """Raise what the optimizer would say of the pager after the model was read."""
+    import torch
+
+    from fourbit.optim import PagedAdamW
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    PagedAdamW([torch.nn.Parameter(torch.zeros(1, device=device))], pager=settings.pager)
 
 
 def _started(
@@ -387,6 +410,8 @@ def _report(
         trainable_parameters=adapter_size(trainer.model).parameters,
         adapter_bytes=(folder / "adapter_model.safetensors").stat().st_size,
         tokens=callback.tokens,
+        skipped_updates=trainer.paged_optimizer.skipped_updates,
+        **totals(trainer.paged_optimizer),
         seconds=seconds,
         peak_memory_bytes=_peak_memory(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,

@@ -1,8 +1,11 @@
 """TRL's SFTTrainer for our own adapters: checkpoints hold the adapter, not the model.
 
 Private parts of transformers (5.0 to 5.23 were read) that are replaced: ``Trainer._save``, which
-would write all weights, ``Trainer._load_from_checkpoint``, which would look for them, and
-``Trainer._save_checkpoint``, whose errors do not say what to do.
+would write all weights, ``Trainer._load_from_checkpoint``, which would look for them,
+``Trainer._save_checkpoint``, whose errors do not say what to do, and
+``Trainer._save_optimizer_and_scheduler`` and ``Trainer._load_optimizer_and_scheduler``, which would
+pickle the optimizer's state. Of ``transformers.trainer_pt_utils``, ``reissue_pt_warnings`` is used
+as they use it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import importlib.util
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,12 +23,17 @@ from typing import Any
 import datasets
 import torch
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import reissue_pt_warnings
 from trl import SFTConfig, SFTTrainer
 
 from fourbit.data import LossOn, TrainingData
+from fourbit.files import remove_leftovers
 from fourbit.finetuning.options import FinetuneOptions
+from fourbit.finetuning.paging import PagingLog, ReportsPaging
+from fourbit.finetuning.record import OPTIMIZER_FILE, SCHEDULER_FILE
 from fourbit.lora import save_adapter
-from fourbit.optim import PagedAdamW
+from fourbit.optim import PagedAdamW, load_optimizer, save_optimizer
+from fourbit.optim.files import unwrapped
 
 LOSS_LOG = "loss.jsonl"
 
@@ -49,8 +58,10 @@ class StepProgress:
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no types
     """`SFTTrainer` on a model with fourbit adapters.
 
-    A checkpoint is the adapter in PEFT's format, the optimizer, the schedule, the random state and
-    the trainer's state. Put the adapter of the checkpoint on the model before resuming from it.
+    A checkpoint is the adapter in PEFT's format, the optimizer as `save_optimizer` writes it, the
+    schedule, the random state and the trainer's state. Put the adapter of the checkpoint on the
+    model before resuming from it. Checkpoints of earlier versions, with the optimizer in
+    ``optimizer.pt``, are resumed from too.
 
     Args:
         base_name: what ``adapter_config.json`` names as the base.
@@ -59,7 +70,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no t
 
     def __init__(self, *, base_name: str, **kwargs: Any) -> None:
         self._base_name = base_name
+        self._paging: PagingLog | None = None
         super().__init__(**kwargs)
+
+    @property
+    def paged_optimizer(self) -> PagedAdamW:
+        """The optimizer itself, without accelerate's wrapper; there is one once training starts."""
+        return unwrapped(self.optimizer)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -82,8 +99,40 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no t
                 f"({reason}; {free} MiB are free there); put that right and resume the run"
             ) from error
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
+        path = Path(output_dir) / OPTIMIZER_FILE
+        # Of a run that was killed here: as large as the file itself.
+        remove_leftovers(path)
+        save_optimizer(self.paged_optimizer, path)
+        with warnings.catch_warnings(record=True) as caught:
+            torch.save(self.lr_scheduler.state_dict(), path.with_name(SCHEDULER_FILE))
+        reissue_pt_warnings(caught)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        path = None if checkpoint is None else Path(checkpoint) / OPTIMIZER_FILE
+        if path is None or not path.is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.paged_optimizer, path)
+        with warnings.catch_warnings(record=True) as caught:
+            schedule = torch.load(path.with_name(SCHEDULER_FILE), weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+        reissue_pt_warnings(caught)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter is on the model already."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with each loss what the optimizer's pager did since the one before."""
+        if "loss" in logs:
+            optimizer = self.paged_optimizer
+            if self._paging is None and isinstance(optimizer, ReportsPaging):
+                self._paging = PagingLog(optimizer)
+            if self._paging is not None:
+                logs = {**logs, **self._paging.entry()}
+        super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Measure the held-out data; training goes on as if it had not been measured."""
@@ -165,7 +214,11 @@ def build_trainer(
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=(
                 PagedAdamW,
-                {"lr": settings.lr, "state_bits": settings.optimizer_bits},
+                {
+                    "lr": settings.lr,
+                    "state_bits": settings.optimizer_bits,
+                    "pager": settings.pager,
+                },
             ),
             callbacks=[callback],
         )

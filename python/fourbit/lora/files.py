@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fourbit._core import CheckpointError, NonFiniteError
+from fourbit.files import sync_folder, write_aside
 from fourbit.lora.attach import (
     adapter_state,
     build_layers,
@@ -32,14 +32,13 @@ from fourbit.lora.attach import (
 from fourbit.lora.config import CONFIG_NAME, AdapterConfig, TargetRule, named, read_config
 from fourbit.lora.layer import LoraLinear
 from fourbit.lora.targets import find_targets, linear_layers, shortest_names
+from fourbit.tensor_file import TensorFile
 
 Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-# What safetensors itself allows for the header, in bytes.
-_MAX_HEADER = 100_000_000
 
 
 def save_adapter(
@@ -153,16 +152,16 @@ def _plain(tensor: Tensor) -> Tensor:
 def _replace_files(folder: Path, weights: bytes, config: bytes) -> None:
     asides: list[Path] = []
     try:
-        asides.append(_write_aside(folder / WEIGHTS_NAME, weights))
+        asides.append(write_aside(folder / WEIGHTS_NAME, lambda file: file.write(weights)))
         old_config = folder / CONFIG_NAME
         if not _holds(old_config, config):
-            asides.append(_write_aside(old_config, config))
+            asides.append(write_aside(old_config, lambda file: file.write(config)))
             # New weights under the old config would load as something that nobody trained.
             old_config.unlink(missing_ok=True)
-            _sync_folder(folder)
+            sync_folder(folder)
         for aside, name in zip(asides, (WEIGHTS_NAME, CONFIG_NAME), strict=False):
             aside.replace(folder / name)
-            _sync_folder(folder)
+            sync_folder(folder)
     finally:
         for aside in asides:
             aside.unlink(missing_ok=True)
@@ -173,31 +172,6 @@ def _holds(path: Path, data: bytes) -> bool:
         return path.read_bytes() == data
     except FileNotFoundError:
         return False
-
-
-def _write_aside(path: Path, data: bytes) -> Path:
-    """Write data durably beside a path; the caller renames it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    return aside
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable. Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -229,7 +203,8 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    _check_header(path)
+    # Stricter than the reader below, which lets a key stand twice.
+    TensorFile(path).close()
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -239,26 +214,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}; adapters are floating point")
         _check_finite(tensor, name, str(path))
     return tensors
-
-
-def _check_header(path: Path) -> None:
-    """Refuse what safetensors' own reader lets pass: a key that stands twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the header has {twice!r} twice")
-        return dict(pairs)
-
-    try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > _MAX_HEADER:
-                raise ValueError(f"the header claims {length} bytes")
-            json.loads(file.read(length), object_pairs_hook=unique)
-    except (struct.error, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
 
 
 def _sort(
