@@ -1,22 +1,29 @@
 // AdamW (arXiv 1711.05101) with 32-bit or blockwise 8-bit state (arXiv 2110.02861), every parameter
-// of an optimizer in one launch. Same bytes as src/optimizer: compiled without fused operations,
-// one rounding an operation.
+// of an optimizer in one launch, or a slice of them in each of several. Same bytes as
+// src/optimizer: compiled without fused operations, one rounding an operation.
 //
 // Two kernels, in this order on one stream:
 //   fourbit_adamw_check  reads gradients (and the scales of 8-bit states) and sets flags;
 //   fourbit_adamw        updates every parameter whose flag is 0; none where a scale is damaged.
+// Where the state is in parts that come and go, the check is launched for all segments and the
+// update for those of one part at a time: a flag is of a whole parameter, and must be known before
+// the first of its segments is written.
 //
 // Parameters of both:
-//   segments  [count] Segment, one a parameter, in device memory; first_tile ascends
-//   count     number of segments
-//   tiles     tiles of all segments: the sum of ceil(elements / 256)
-//   flags     u32 [count + 1], zeros before the check. After it: flags[i] is 1 where parameter i's
-//             gradient holds a NaN, an infinity or a number of 2^63 and more; flags[count] is 1
-//             where any scale of an 8-bit state is not finite.
+//   segments    [count] Segment, in device memory: a slice of a table of segments. A parameter is
+//               one segment or several, each of its own elements, gradients, moments and scales
+//   count       number of segments of the slice
+//   first_tile  number of the slice's first tile: tiles are numbered through the whole table
+//   tiles       tiles of the slice: the sum of ceil(elements / 256)
+//   flags       u32 [parameters], zeros before the first check. After the last: flags[i] is 1 where
+//               parameter i's gradient holds a NaN, an infinity or a number of 2^63 and more
+//   damaged     u32 [1], zero before the first check. After the last: 1 where any scale of an 8-bit
+//               state is not finite
 //
 // A tile is 256 elements, the block of the 8-bit state, and one warp's work: its scale needs
 // shuffles and no barrier. A lane has elements 4 l to 4 l + 3 of each half of the tile, so that
-// every access of the warp is one run of 128, 256 or 512 bytes. Tiles never cross parameters.
+// every access of the warp is one run of 128, 256 or 512 bytes. Tiles never cross segments, so a
+// parameter is cut at multiples of 256 elements, where its blocks of 8-bit state end too.
 //
 // Floor, for each element of a bf16 parameter with a bf16 gradient: 2 bytes for the check, then 4
 // for the parameter, 2 for the gradient and 4 (8-bit state) or 16 (32-bit) for the moments.
@@ -47,7 +54,8 @@ constexpr float GRADIENT_LIMIT = 0x1p63f;
 
 enum Type : u32 { F32 = 0, F16 = 1, BF16 = 2 };
 
-// One parameter. 112 bytes; the host writes the same.
+// A parameter, or a part of one that begins at a multiple of 256 elements and, unless it is the
+// last, ends at one. 112 bytes; the host writes the same.
 struct alignas(16) Segment {
     void* values;
     const void* gradient;
@@ -58,7 +66,7 @@ struct alignas(16) Segment {
     f32* exp_avg_absmax;
     f32* exp_avg_sq_absmax;
     i64 elements;
-    // Tiles of the segments before this one.
+    // Tiles of the segments before this one in the whole table.
     i64 first_tile;
     // As in src/optimizer/arithmetic.rs, `Constants`.
     f32 keep;
@@ -70,12 +78,14 @@ struct alignas(16) Segment {
     f32 stride;
     f32 second_correction;
     f32 eps;
+    // Which flag is this one's: all segments of a parameter have the same.
+    u32 parameter;
     // `Type`s.
     u8 values_type;
     u8 gradient_type;
     // 8 or 32.
     u8 state_bits;
-    u8 unused[9];
+    u8 unused[5];
 };
 static_assert(sizeof(Segment) == 112, "the host's layout");
 
@@ -233,8 +243,13 @@ __device__ __forceinline__ u32 type_bytes(u32 type) { return type == F32 ? 4 : 2
 
 // --- tiles --------------------------------------------------------------------------------------
 
-// The last segment whose first tile is not after this one. All lanes of the warp search together:
-// 32 segments in one step, 1024 in two.
+// The tile with which this warp begins.
+__device__ __forceinline__ i64 tile_of_warp(i64 first_tile) {
+    return first_tile + i64(blockIdx.x) * TILES_PER_BLOCK + threadIdx.x / WARP;
+}
+
+// The last segment whose first tile is not after this one; the first segment's must not be. All
+// lanes of the warp search together: 32 segments in one step, 1024 in two.
 __device__ __forceinline__ u32 find_segment(const Segment* segments, u32 count, i64 tile) {
     const u32 lane = threadIdx.x % WARP;
     u32 first = 0;
@@ -258,12 +273,11 @@ __device__ __forceinline__ u32 group_left(u32 start, u32 tile_left) {
 }
 
 extern "C" __global__ void __launch_bounds__(TILES_PER_BLOCK* WARP)
-    fourbit_adamw_check(const Segment* segments, u32 count, i64 tiles, u32* flags) {
-    const i64 stride = i64(gridDim.x) * TILES_PER_BLOCK;
-    for (i64 tile = i64(blockIdx.x) * TILES_PER_BLOCK + threadIdx.x / WARP; tile < tiles;
-         tile += stride) {
-        const u32 index = find_segment(segments, count, tile);
-        const Segment& segment = segments[index];
+    fourbit_adamw_check(const Segment* segments, u32 count, i64 first_tile, i64 tiles, u32* flags,
+                        u32* damaged) {
+    const i64 stride = i64(gridDim.x) * TILES_PER_BLOCK, end = first_tile + tiles;
+    for (i64 tile = tile_of_warp(first_tile); tile < end; tile += stride) {
+        const Segment& segment = segments[find_segment(segments, count, tile)];
         const i64 block = tile - segment.first_tile;
         const u32 left = u32(min(i64(TILE), segment.elements - block * TILE));
         const u32 type = segment.gradient_type;
@@ -281,14 +295,16 @@ extern "C" __global__ void __launch_bounds__(TILES_PER_BLOCK* WARP)
             widen(numbers, raw[group], type);
             for (u32 i = 0; i < GROUP; ++i) good &= fabsf(numbers[i]) < GRADIENT_LIMIT;
         }
-        if (__any_sync(ALL_LANES, !good) && threadIdx.x % WARP == 0) atomicMax(&flags[index], 1u);
+        if (__any_sync(ALL_LANES, !good) && threadIdx.x % WARP == 0) {
+            atomicMax(&flags[segment.parameter], 1u);
+        }
         if (segment.state_bits == 8 && threadIdx.x % WARP == 0) {
             const float larger = fmaxf(fabsf(segment.exp_avg_absmax[block]),
                                        fabsf(segment.exp_avg_sq_absmax[block]));
             // A maximum leaves NaN out.
             const float sum =
                 segment.exp_avg_absmax[block] * 0.0f + segment.exp_avg_sq_absmax[block] * 0.0f;
-            if (!(larger <= LARGEST_FLOAT && sum == 0.0f)) atomicMax(&flags[count], 1u);
+            if (!(larger <= LARGEST_FLOAT && sum == 0.0f)) atomicMax(damaged, 1u);
         }
     }
 }
@@ -302,7 +318,7 @@ __device__ __forceinline__ void update(const Segment& c, float& p, float g, floa
     p = p * c.keep - c.stride * __fdiv_rn(m, denominator);
 }
 
-// One tile of a parameter with state of BITS bits.
+// One tile of a segment with state of BITS bits.
 template <u32 BITS>
 __device__ __forceinline__ void update_tile(const Segment& segment, i64 block,
                                             const Tables& tables) {
@@ -393,7 +409,8 @@ __device__ __forceinline__ void update_tile(const Segment& segment, i64 block,
 }
 
 extern "C" __global__ void __launch_bounds__(TILES_PER_BLOCK* WARP)
-    fourbit_adamw(const Segment* segments, u32 count, i64 tiles, const u32* flags) {
+    fourbit_adamw(const Segment* segments, u32 count, i64 first_tile, i64 tiles, const u32* flags,
+                  const u32* damaged) {
     __shared__ Tables tables;
     for (u32 i = threadIdx.x; i < 256; i += blockDim.x) {
         tables.first[i] = SIGNED_TABLE[i];
@@ -402,13 +419,11 @@ extern "C" __global__ void __launch_bounds__(TILES_PER_BLOCK* WARP)
         tables.second_midpoints[i] = UNSIGNED_TABLE_MIDPOINTS[min(i, 254u)];
     }
     __syncthreads();
-    if (flags[count]) return;
-    const i64 stride = i64(gridDim.x) * TILES_PER_BLOCK;
-    for (i64 tile = i64(blockIdx.x) * TILES_PER_BLOCK + threadIdx.x / WARP; tile < tiles;
-         tile += stride) {
-        const u32 index = find_segment(segments, count, tile);
-        if (flags[index]) continue;
-        const Segment& segment = segments[index];
+    if (*damaged) return;
+    const i64 stride = i64(gridDim.x) * TILES_PER_BLOCK, end = first_tile + tiles;
+    for (i64 tile = tile_of_warp(first_tile); tile < end; tile += stride) {
+        const Segment& segment = segments[find_segment(segments, count, tile)];
+        if (flags[segment.parameter]) continue;
         const i64 block = tile - segment.first_tile;
         if (segment.state_bits == 8) {
             update_tile<8>(segment, block, tables);

@@ -165,7 +165,7 @@ class CudaProgram:
     def launch(self, kernel: str, stream: int, arguments: Sequence[int | float]) -> None: ...
 
 def adamw_segments(
-    parameters: Sequence[tuple[Sequence[int], int, Sequence[str], int, int]],
+    segments: Sequence[tuple[Sequence[int], int, Sequence[str], int, int, int]],
     *,
     first_tile: int,
     lr: float,

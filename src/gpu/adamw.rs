@@ -7,11 +7,12 @@ use crate::{Error, Result};
 /// Bytes of one `Segment` of the kernel.
 pub const SEGMENT_BYTES: usize = 112;
 
-/// One parameter of a step.
+/// One parameter of a step, or a part of one: it begins at a multiple of 256 elements and, unless
+/// it is the last, ends at one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Segment {
-    /// Addresses of the parameter, its gradient, the moments, and the scales of both; the last two
-    /// are 0 for 32-bit state.
+    /// Addresses of the part's values, gradients, moments, and the scales of both; the last two are
+    /// 0 for 32-bit state.
     pub addresses: [u64; 6],
     /// Its elements, at least one.
     pub elements: u64,
@@ -21,6 +22,9 @@ pub struct Segment {
     pub state_bits: u8,
     /// Which step of this parameter it is, counted from 1.
     pub step: u64,
+    /// Which of the step's parameters it is, or is a part of: a gradient that is not finite in any
+    /// part leaves out all of them.
+    pub parameter: u32,
 }
 
 impl Segment {
@@ -47,10 +51,11 @@ impl Segment {
         for constant in constants {
             bytes.extend(constant.to_le_bytes());
         }
+        bytes.extend(self.parameter.to_le_bytes());
         bytes.extend(self.dtypes.map(type_number));
         bytes.push(self.state_bits);
         // The rest of the last sixteen bytes, which the kernel does not read.
-        bytes.extend([0; 9]);
+        bytes.extend([0; 5]);
         Ok(next)
     }
 }
@@ -84,6 +89,7 @@ mod tests {
             dtypes: [Dtype::Bf16, Dtype::F32],
             state_bits: 8,
             step: 1,
+            parameter: 0x0102_0304,
         };
         let mut bytes = Vec::new();
         let next = segment
@@ -98,7 +104,7 @@ mod tests {
         let constants = [0.75, 0.5, 0.5, 0.75, 0.25, -1.0, 1.0, 2.0, 0.25_f32];
         let expected: Vec<u8> = constants.iter().flat_map(|c| c.to_le_bytes()).collect();
         assert_eq!(bytes[64..100], expected);
-        assert_eq!(bytes[100..103], [2, 0, 8]);
+        assert_eq!(bytes[100..107], [4, 3, 2, 1, 2, 0, 8]);
         assert!(
             Segment { step: 0, ..segment }
                 .write(&settings, 0, &mut bytes)

@@ -231,17 +231,27 @@ const ADAMW: File = File {
         Kernel {
             name: "fourbit_adamw_check",
             oldest: OLDEST,
-            parameters: parameters![segments: Pointer, count: U32, tiles: Count, flags: Pointer],
+            parameters: ADAMW_PARAMETERS,
             geometry: adamw_geometry,
         },
         Kernel {
             name: "fourbit_adamw",
             oldest: OLDEST,
-            parameters: parameters![segments: Pointer, count: U32, tiles: Count, flags: Pointer],
+            parameters: ADAMW_PARAMETERS,
             geometry: adamw_geometry,
         },
     ],
 };
+
+/// A slice of the table of segments, and where the verdicts on all of them stand.
+const ADAMW_PARAMETERS: &[Parameter] = parameters![
+    segments: Pointer,
+    count: U32,
+    first_tile: Count,
+    tiles: Count,
+    flags: Pointer,
+    damaged: Pointer,
+];
 
 fn adamw_geometry(
     arguments: &Arguments,

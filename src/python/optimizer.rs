@@ -215,16 +215,19 @@ fn check_disjoint(written: &[&Vec<Tensor<'_>>], read: &[Tensor<'_>]) -> PyResult
     Ok(())
 }
 
-/// The parameters of one group as `cuda/adamw.cu` takes them, after others of `first_tile` tiles:
-/// the segments' bytes and the tiles up to their end. A parameter is given by its addresses
-/// (itself, its gradient, both moments, the scales of both or 0), its elements, the dtypes of itself
-/// and of its gradient, the bits of its state, and its step.
+/// Parameters of one group, or parts of them, as `cuda/adamw.cu` takes them, after others of
+/// `first_tile` tiles: the segments' bytes and the tiles up to their end.
+///
+/// A segment is given by its addresses (values, gradients, both moments, the scales of both or 0),
+/// its elements, the dtypes of values and gradients, the bits of the state, the step counted from
+/// 1, and the index of its parameter among all of the step. A parameter in several parts is cut at
+/// multiples of 256 elements.
 #[pyfunction]
-#[pyo3(signature = (parameters, *, first_tile, lr, beta1, beta2, eps, weight_decay, maximize))]
+#[pyo3(signature = (segments, *, first_tile, lr, beta1, beta2, eps, weight_decay, maximize))]
 #[allow(clippy::type_complexity)] // told in full above
 pub(super) fn adamw_segments<'py>(
     py: Python<'py>,
-    parameters: Vec<([u64; 6], u64, [String; 2], u8, u64)>,
+    segments: Vec<([u64; 6], u64, [String; 2], u8, u64, u32)>,
     first_tile: u64,
     lr: f64,
     beta1: f64,
@@ -241,15 +244,16 @@ pub(super) fn adamw_segments<'py>(
         weight_decay,
         maximize,
     };
-    let mut bytes = Vec::with_capacity(parameters.len() * SEGMENT_BYTES);
+    let mut bytes = Vec::with_capacity(segments.len() * SEGMENT_BYTES);
     let mut tiles = first_tile;
-    for (addresses, elements, [values, gradient], state_bits, step) in parameters {
+    for (addresses, elements, [values, gradient], state_bits, step, parameter) in segments {
         let segment = Segment {
             addresses,
             elements,
             dtypes: [dtype_by_name(&values)?, dtype_by_name(&gradient)?],
             state_bits,
             step,
+            parameter,
         };
         tiles = segment
             .write(&settings, tiles, &mut bytes)

@@ -2,23 +2,19 @@
 
 import ctypes
 import itertools
-import struct
 from functools import cache
 
 import pytest
 import torch
 
+import adamw_calls
 import emulate
+from adamw_calls import FLOATS, OPTIONS, Held, OnCard, assert_same, numbers, step_core, table
 from emulate import Buffer, Specialisation
 from fourbit import _core
 
 reason = emulate.unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-OPTIONS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.1}
-FLOATS = tuple(TYPES)
-
 
 ENCODE = """
 extern "C" __global__ void test_encode(const float* x, u8* first, u8* second, u32 count) {
@@ -43,114 +39,9 @@ def adamw():
     return emulate.load("adamw", [Specialisation()], lambda text: text + ENCODE)[0]
 
 
-def constants(step: int, lr, beta1, beta2, eps, weight_decay, maximize=False):
-    """As the core: in double precision, rounded once."""
-    return (
-        1 - lr * weight_decay,
-        beta1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        -1.0 if maximize else 1.0,
-        lr / (1 - beta1**step),
-        1 / (1 - beta2**step) ** 0.5,
-        eps,
-    )
-
-
-class Held:
-    """A parameter, its gradient and its state."""
-
-    def __init__(self, param, grad, bits, step=1, misalign=0):
-        blocks = -(-param.numel() // 256)
-        self.param, self.grad = param, grad
-        self.bits, self.step, self.misalign = bits, step, misalign
-        if bits == 8:
-            codes, scales = torch.zeros(param.numel(), dtype=torch.uint8), torch.zeros(blocks)
-            self.state = [codes, scales, codes.clone(), scales.clone()]
-        else:
-            self.state = [torch.zeros(param.numel()), torch.zeros(param.numel())]
-
-    def randomise(self, generator):
-        """State as after many steps, over several decades."""
-        for index, tensor in enumerate(self.state):
-            if tensor.dtype == torch.uint8:
-                random = torch.randint(256, tensor.shape, generator=generator).to(torch.uint8)
-            else:
-                random = torch.randn(tensor.shape, generator=generator)
-                random = random * torch.randn(tensor.shape, generator=generator).mul(3).exp()
-                random = random.abs() if self.bits == 8 or index == 1 else random
-            self.state[index] = random
-        return self
-
-    def clone(self):
-        other = Held(self.param.clone(), self.grad.clone(), self.bits, self.step, self.misalign)
-        other.state = [tensor.clone() for tensor in self.state]
-        return other
-
-    def tensors(self):
-        return [self.param, *self.state]
-
-
-def step_core(held, **options):
-    """The oracle; the indices of skipped parameters."""
-    skipped = []
-    for index, one in enumerate(held):
-        function = {32: _core.adamw32_step, 8: _core.adamw8_step}[one.bits]
-        state = [[tensor] for tensor in one.state]
-        settings = {**OPTIONS, **options, "steps": [one.step], "threads": 1}
-        if function([one.param], [one.grad], *state, **settings):
-            skipped.append(index)
-    return skipped
-
-
-def step_kernel(held, *, grid=2, order=0, **options):
-    """The kernels; the flags they set."""
-    table, first_tile, memory = b"", 0, []
-    for one in held:
-        own = [Buffer(t, misaligned_by=one.misalign * t.itemsize) for t in (one.param, one.grad)]
-        own += [Buffer(t) for t in one.state]
-        memory.append(own)
-        pointers = [tensor.pointer for tensor in own]
-        if one.bits == 8:
-            values, grad, m, m_scales, v, v_scales = pointers
-        else:
-            (values, grad, m, v), m_scales, v_scales = pointers, 0, 0
-        table += struct.pack(
-            "6Q2q9f3B9x",
-            *(values, grad, m, v, m_scales, v_scales),
-            *(one.param.numel(), first_tile),
-            *constants(one.step, **{**OPTIONS, **options}),
-            *(TYPES[one.param.dtype], TYPES[one.grad.dtype], one.bits),
-        )
-        first_tile += -(-one.param.numel() // 256)
-    segments = Buffer(torch.frombuffer(bytearray(table), dtype=torch.uint8))
-    flags = Buffer(torch.zeros(len(held) + 1, dtype=torch.int32))
-    arguments = (segments, ctypes.c_uint32(len(held)), first_tile, flags)
-    for kernel in ("fourbit_adamw_check", "fourbit_adamw"):
-        adamw().launch(kernel, *arguments, grid=grid, order=order)
-    assert not any(tensor.damaged() for own in memory for tensor in own)
-    for one, (param, grad, *state) in zip(held, memory, strict=True):
-        assert torch.equal(grad.tensor().view(torch.uint8), one.grad.view(torch.uint8))
-        one.param = param.tensor()
-        one.state = [tensor.tensor() for tensor in state]
-    return flags.tensor().tolist()
-
-
-def assert_same(ours, theirs):
-    for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-        for a, b in zip(our.tensors(), their.tensors(), strict=True):
-            assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), (
-                f"parameter {index}: {(a != b).sum()} elements differ"
-            )
-
-
-def numbers(count, dtype, generator):
-    """Over several decades, some of them zero."""
-    magnitudes = torch.randn(count, generator=generator).mul(2).exp()
-    signs = torch.randn(count, generator=generator).mul(3).clamp(-1, 1)
-    kept = torch.rand(count, generator=generator) < 0.9
-    return (magnitudes * signs * kept * 1e-2).to(dtype)
+def step_kernel(held, **options):
+    """The flags of parameters, and that of damage."""
+    return adamw_calls.step_kernel(adamw(), held, **options)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 7])
@@ -171,7 +62,7 @@ def test_every_type_and_length_gives_the_bytes_of_the_core(bits, order, generato
         for one in (*held, *theirs):
             one.step += 1
         assert step_core(theirs) == []
-        assert not any(step_kernel(held, order=order))
+        assert step_kernel(held, order=order) == ([0] * len(held), 0)
         assert_same(held, theirs)
 
 
@@ -190,7 +81,7 @@ def test_both_states_of_many_parameters_step_in_one_launch(maximize, generator):
     ]
     theirs = [one.clone() for one in held]
     step_core(theirs, maximize=maximize)
-    assert not any(step_kernel(held, grid=3, maximize=maximize))
+    assert step_kernel(held, grid=3, maximize=maximize) == ([0] * len(held), 0)
     assert_same(held, theirs)
 
 
@@ -202,7 +93,7 @@ def test_any_state_steps_as_in_the_core(bits, generator):
     ]
     theirs = [one.clone() for one in held]
     step_core(theirs)
-    assert not any(step_kernel(held, grid=1))
+    assert step_kernel(held, grid=1) == ([0, 0], 0)
     assert_same(held, theirs)
 
 
@@ -217,7 +108,7 @@ def test_tiny_and_huge_gradients(factor, generator):
     theirs = [one.clone() for one in held]
     for _ in range(2):
         assert step_core(theirs, eps=1e-30) == []
-        assert not any(step_kernel(held, eps=1e-30))
+        assert step_kernel(held, eps=1e-30) == ([0, 0], 0)
         assert_same(held, theirs)
 
 
@@ -232,7 +123,8 @@ def test_gradients_that_are_not_finite_leave_their_parameter_alone(generator):
     theirs = [one.clone() for one in held]
     skipped = step_core(theirs)
     assert skipped == [0, 1, 2, 3, 4]
-    flags = step_kernel(held)
+    flags, damaged = step_kernel(held)
+    assert not damaged
     assert [index for index, flag in enumerate(flags) if flag] == skipped
     assert_same(held, theirs)
 
@@ -246,8 +138,120 @@ def test_damaged_scales_leave_everything_alone(which, bad, generator):
     ]
     held[1].state[which][2] = bad
     before = [one.clone() for one in held]
-    assert step_kernel(held) == [0, 0, 0, 1]
+    assert step_kernel(held) == ([0, 0, 0], 1)
     assert_same(held, before)
+
+
+# --- slices of the table, parameters in several parts ---------------------------------------------
+
+
+def in_parts(bits, generator, step=7):
+    """Eight segments: whole parameters around two that are cut in three, with tails."""
+    made = [
+        Held(numbers(n, p, generator), numbers(n, g, generator), bits, step, misalign, cuts)
+        for n, p, g, misalign, cuts in [
+            (700, torch.float32, torch.bfloat16, 0, ()),
+            (256 * 9 + 77, torch.bfloat16, torch.float32, 0, (256, 256 * 6)),
+            (256 * 4 + 1, torch.float16, torch.float16, 1, (512, 1024)),
+            (90, torch.bfloat16, torch.bfloat16, 3, ()),
+        ]
+    ]
+    for one in made:
+        one.randomise(generator)
+    return made
+
+
+SLICES = [(8,), (1, 7), (3, 5), (2, 3, 3), (1,) * 8]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_parts_in_slices_give_the_bytes_of_whole_parameters(bits, order, generator):
+    held = in_parts(bits, generator)
+    theirs = [one.clone() for one in held]
+    for checks, updates in zip(SLICES, reversed(SLICES), strict=True):
+        assert step_core(theirs) == []
+        slices = {"checks": checks, "updates": updates, "last_first": order % 2 == 1}
+        assert step_kernel(held, grid=1, order=order, **slices) == ([0] * 4, 0)
+        assert_same(held, theirs)
+
+
+def test_a_parameter_over_more_segments_than_the_search_takes_at_once(generator):
+    cuts = range(256, 256 * 40, 256)
+    first = Held(numbers(10, torch.float32, generator), numbers(10, torch.float32, generator), 8)
+    held = [
+        first,
+        Held(
+            numbers(256 * 40 + 3, torch.bfloat16, generator),
+            numbers(256 * 40 + 3, torch.bfloat16, generator),
+            8,
+            cuts=[*cuts, 256 * 40],
+        ),
+    ]
+    theirs = [one.clone() for one in held]
+    step_core(theirs)
+    assert step_kernel(held, updates=(4, 35, 3)) == ([0, 0], 0)
+    assert_same(held, theirs)
+
+
+@pytest.mark.parametrize("place", [0, 256 * 5, -1])
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_gradient_not_finite_in_one_part_leaves_all_parts_alone(
+    bits, last_first, place, generator
+):
+    held = in_parts(bits, generator)
+    held[1].grad[place] = float("nan")
+    theirs = [one.clone() for one in held]
+    assert step_core(theirs) == [1]
+    slices = {"checks": (3, 5), "updates": (2, 1, 1, 4), "last_first": last_first}
+    assert step_kernel(held, **slices) == ([0, 1, 0, 0], 0)
+    assert_same(held, theirs)
+
+
+@pytest.mark.parametrize(("which", "block"), [(0, 0), (1, 5), (1, 9), (2, 4), (3, 0)])
+@pytest.mark.parametrize("checks", SLICES)
+def test_damage_in_any_part_stops_every_launch(checks, which, block, generator):
+    held = in_parts(8, generator)
+    held[which].state[1 if block % 2 else 3][block] = float("inf")
+    before = [one.clone() for one in held]
+    assert step_kernel(held, checks=checks, updates=(1, 2, 2, 3)) == ([0] * 4, 1)
+    assert_same(held, before)
+
+
+def core_segments(segments, first_tile=0, **options):
+    return _core.adamw_segments(
+        segments, first_tile=first_tile, **{**OPTIONS, "maximize": False, **options}
+    )
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_core_writes_segments_as_the_kernel_reads_them(maximize, generator):
+    on_card = [OnCard(one) for bits in (8, 32) for one in in_parts(bits, generator)]
+    packed, first_tiles = table(on_card, maximize=maximize)
+    described = [
+        (*one.described(part), index)
+        for index, one in enumerate(on_card)
+        for part in range(len(one.parts))
+    ]
+    assert core_segments(described, maximize=maximize) == (packed, first_tiles[-1])
+    # As groups come: one after the other.
+    first, tiles = core_segments(described[:5], maximize=maximize)
+    assert tiles == first_tiles[5]
+    rest, tiles = core_segments(described[5:], tiles, maximize=maximize)
+    assert (first + rest, tiles) == (packed, first_tiles[-1])
+
+
+@pytest.mark.parametrize("index", [-1, 2**32])
+def test_indices_that_do_not_fit_are_refused(index):
+    segment = ([16] * 6, 5, ("float32", "bfloat16"), 8, 1)
+    assert core_segments([(*segment, 2**32 - 1)])[1] == 1
+    with pytest.raises(OverflowError):
+        core_segments([(*segment, index)])
+    with pytest.raises(TypeError):
+        core_segments([(*segment, 0.5)])
+    with pytest.raises(ValueError, match="tuple of length 5"):
+        core_segments([segment])
 
 
 def test_the_short_way_to_a_code_is_exact_at_every_midpoint():

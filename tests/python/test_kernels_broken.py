@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import adamw_calls
 import emulate
 import kernel_calls as calls
 from emulate import KernelError, Kernels, Specialisation
@@ -62,6 +63,31 @@ def quantizes_scales(kernels: Kernels, _: Specialisation) -> None:
         assert same_bytes(found[2], ops.float_values(offset))
         assert same_bytes(found[1], ops.float_values(nested_absmax))
         assert same_bytes(found[0], codes)
+
+
+def steps(kernels: Kernels, _: Specialisation) -> None:
+    generator = torch.Generator().manual_seed(6)
+    count = 3 * adamw_calls.BLOCK + 9
+    held = [
+        adamw_calls.Held(
+            *(adamw_calls.numbers(count, torch.bfloat16, generator) for _ in range(2)),
+            bits,
+            cuts=[adamw_calls.BLOCK, 3 * adamw_calls.BLOCK],
+        )
+        for bits in (8, 32, 8)
+    ]
+    held[0].grad[-1] = float("nan")
+    theirs = [one.clone() for one in held]
+    adamw_calls.step_core(theirs)
+    for order in ORDERS:
+        ours = [one.clone() for one in held]
+        found = adamw_calls.step_kernel(kernels, ours, order=order, updates=(2, 3, 4))
+        assert found == ([1, 0, 0], 0)
+        adamw_calls.assert_same(ours, theirs)
+    held[2].state[1][-1] = float("nan")
+    before = [one.clone() for one in held]
+    adamw_calls.step_kernel(kernels, held, updates=(2, 3, 4))
+    adamw_calls.assert_same(held, before)
 
 
 @dataclass(frozen=True)
@@ -141,6 +167,30 @@ BROKEN = {
         SMALL,
         "extents[warp] = extent;\n    }\n    __syncthreads();",
         "extents[warp] = extent;\n    }",
+    ),
+    "a flag for each segment, set": Broken(
+        "adamw",
+        steps,
+        SMALL,
+        "atomicMax(&flags[segment.parameter]",
+        "atomicMax(&flags[&segment - segments]",
+    ),
+    "a flag for each segment, read": Broken(
+        "adamw",
+        steps,
+        SMALL,
+        "if (flags[segment.parameter])",
+        "if (flags[&segment - segments])",
+    ),
+    "damage that is not looked at": Broken(
+        "adamw", steps, SMALL, "if (*damaged) return;", "(void)damaged;"
+    ),
+    "no barrier after the tables of both moments": Broken(
+        "adamw",
+        steps,
+        SMALL,
+        "__syncthreads();\n    if (*damaged)",
+        "if (*damaged)",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,11 @@ def _launch(
 ) -> list[int]:
     """Launch the step; a flag for each parameter that is not empty, and one for damaged state."""
     segments, tiles = bytearray(), 0
+    numbers = itertools.count()
     for group, updates in plan:
-        parameters = [_parameter(update) for update in updates if update.values.numel()]
+        parameters = [
+            _segment(update, next(numbers)) for update in updates if update.values.numel()
+        ]
         written, tiles = _core.adamw_segments(parameters, first_tile=tiles, **options_of(group))
         segments += written
     table = torch.frombuffer(segments, dtype=torch.uint8)
@@ -72,14 +76,15 @@ def _launch(
     flags = torch.zeros(count + 1, dtype=torch.int32, device=device)
     program = cuda_ops.general_program("adamw", device)
     stream = cuda_ops.stream_of(device)
-    arguments = (table.data_ptr(), count, tiles, flags.data_ptr())
+    damaged = flags[count:]
+    arguments = (table.data_ptr(), count, 0, tiles, flags.data_ptr(), damaged.data_ptr())
     program.launch("fourbit_adamw_check", stream, arguments)
     program.launch("fourbit_adamw", stream, arguments)
     # The one moment of a step at which the processor waits for the card.
     return flags.tolist()
 
 
-def _parameter(update: Update) -> tuple[list[int], int, list[str], int, int]:
+def _segment(update: Update, number: int) -> tuple[list[int], int, list[str], int, int, int]:
     moments = [local(update.state[moment]).data_ptr() for moment in MOMENTS]
     scales = [0, 0]
     if update.bits == 8:
@@ -93,6 +98,7 @@ def _parameter(update: Update) -> tuple[list[int], int, list[str], int, int]:
         [str(tensor.dtype).removeprefix("torch.") for tensor in (update.values, update.grad)],
         update.bits,
         int(update.state["step"]) + 1,
+        number,
     )
 
 
