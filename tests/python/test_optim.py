@@ -1,4 +1,4 @@
-"""`PagedAdamW` against ``torch.optim.AdamW``, and bit for bit against the plain-torch reference."""
+"""`PagedAdamW`: bit for bit against the plain-torch reference, as an optimizer, on bad input."""
 
 import copy
 import gc
@@ -7,7 +7,6 @@ import pickle
 import re
 import warnings
 import weakref
-from pathlib import Path
 
 import psutil
 import pytest
@@ -69,56 +68,6 @@ def assert_same_state(one: PagedAdamW, other: PagedAdamW) -> None:
 # --- against torch --------------------------------------------------------------------------------
 
 
-def groups_of(params):
-    return [
-        {"params": params[:2], "weight_decay": 0.1},
-        {"params": params[2:3], "lr": 3e-2, "betas": (0.8, 0.95), "weight_decay": 0.0},
-        {"params": params[3:], "eps": 1e-6},
-    ]
-
-
-@pytest.mark.parametrize("maximize", [False, True])
-def test_32_bit_follows_torch(maximize):
-    shapes = (70, 90), (33,), (5, 4, 3), (), (0,)
-    ours, theirs = parameters(*shapes), parameters(*shapes)
-    optimizers = [
-        PagedAdamW(groups_of(ours), lr=1e-2, state_bits=32, maximize=maximize),
-        torch.optim.AdamW(groups_of(theirs), lr=1e-2, maximize=maximize),
-    ]
-    for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=[1e-2, 3e-2, 5e-3], total_steps=201
-        )
-        train(optimizer, params, range(200), schedule)
-    for a, b in zip(ours, theirs, strict=True):
-        # 200 roundings of numbers below 4, each by at most 2^-23, in two orders of operation.
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-        for field in "exp_avg", "exp_avg_sq":
-            one, two = optimizers[0].state[a][field], optimizers[1].state[b][field]
-            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
-        assert optimizers[0].state[a]["step"] == optimizers[1].state[b]["step"]
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_half_precision_parameters_are_stepped_in_float32(dtype):
-    """torch steps a float32 copy; ours may differ from it by the one rounding at the end."""
-    (ours,) = parameters((50, 60), dtype=dtype)
-    (theirs,) = parameters((50, 60))
-    optimizer = PagedAdamW([ours], lr=1e-2, state_bits=32)
-    oracle = torch.optim.AdamW([theirs], lr=1e-2)
-    for step in range(200):
-        set_gradients([ours], step)
-        theirs.data.copy_(ours)
-        theirs.grad = ours.grad.float()
-        optimizer.step()
-        oracle.step()
-        half_ulp = torch.finfo(dtype).eps * 2.0 ** (torch.frexp(theirs.detach())[1] - 2)
-        subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        # 1e-6: the two float32 steps, as in the test above.
-        assert ((ours.float() - theirs).abs() <= half_ulp.clamp(min=subnormal) + 1e-6).all()
-    assert optimizer.state[ours]["exp_avg"].dtype == torch.float32
-
-
 def test_mixed_dtypes_in_one_group():
     mixed = [*parameters((70, 80)), *parameters((70, 80), dtype=torch.bfloat16)]
     alone = [*parameters((70, 80)), *parameters((70, 80), dtype=torch.bfloat16)]
@@ -144,7 +93,8 @@ def test_state_dicts_are_exchanged_with_torch():
         optimizer.load_state_dict(other)
         oracle.load_state_dict(saved_and_loaded(one))
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # as above
+        # Roundings of numbers below 4, each by at most 2^-23, in two orders of operation.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         assert optimizer.state[a]["step"] == 30
 
 
@@ -409,32 +359,6 @@ def test_a_refused_group_leaves_no_trace():
         optimizer.add_param_group({"params": [late], "state_bits": 4})
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [late]})
-
-
-@pytest.mark.parametrize("bits", [8, 32])
-def test_resumed_equals_uninterrupted(bits, tmp_path: Path):
-    shapes = (64, 70), (9,)
-
-    def build():
-        params = [*parameters(*shapes), *parameters((70, 80), dtype=torch.bfloat16)]
-        groups = [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:]}]
-        optimizer = PagedAdamW(groups, lr=1e-2, state_bits=bits)
-        return params, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
-
-    params, optimizer, schedule = build()
-    train(optimizer, params, range(13), schedule)
-    torch.save([[*params], optimizer.state_dict(), schedule.state_dict()], tmp_path / "run.pt")
-    train(optimizer, params, range(13, 30), schedule)
-
-    resumed_params, resumed, resumed_schedule = build()
-    weights, state, schedule_state = torch.load(tmp_path / "run.pt", weights_only=True)
-    for param, saved in zip(resumed_params, weights, strict=True):
-        param.data.copy_(saved)
-    resumed_schedule.load_state_dict(schedule_state)
-    resumed.load_state_dict(state)
-    train(resumed, resumed_params, range(13, 30), resumed_schedule)
-    assert_same_bits(params, resumed_params)
-    assert_same_state(optimizer, resumed)
 
 
 def test_the_state_dict_decides_the_state_bits():

@@ -52,7 +52,15 @@ def test_perplexity_of_the_codebooks(tokenizer):
     assert quantized["nf4 + double"] == pytest.approx(quantized["nf4"], rel=0.005)
 
 
-def train(model, tokenizer, steps=60):
+def ours(bits):
+    return lambda params: fourbit.PagedAdamW(params, lr=1e-3, weight_decay=0.0, state_bits=bits)
+
+
+def theirs(params):
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+
+
+def train(model, tokenizer, make_optimizer, *, seed=1, steps=60):
     """The loss on all questions and answers after a LoRA fine-tune on them."""
     lines = (EXAMPLES / "data" / "faq.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [
@@ -72,11 +80,11 @@ def train(model, tokenizer, steps=60):
     everything = torch.arange(len(texts))
     with torch.no_grad():
         before = loss_of(everything).item()
-    fourbit.add_lora(model, r=64, lora_alpha=64, lora_dropout=0.0, seed=1)
+    fourbit.add_lora(model, r=64, lora_alpha=64, lora_dropout=0.0, seed=seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = fourbit.PagedAdamW(trained, lr=1e-3, weight_decay=0.0, state_bits=32)
+    optimizer = make_optimizer(trained)
     model.train()
-    order = torch.Generator().manual_seed(1)
+    order = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         loss_of(torch.randperm(len(texts), generator=order)[:8]).backward()
         optimizer.step()
@@ -93,7 +101,28 @@ def test_qlora_reaches_the_loss_of_16_bit_lora(tokenizer):
     The rank is the paper's, and the loss that of the whole set: a mean over the last few batches
     of eight wanders by 2% from one run to the next.
     """
-    lora = train(dense(), tokenizer)
-    qlora = train(fourbit.quantize_model(dense()), tokenizer)
+    lora = train(dense(), tokenizer, ours(32))
+    qlora = train(fourbit.quantize_model(dense()), tokenizer, ours(32))
     print({"16-bit LoRA": lora, "QLoRA": qlora})
     assert qlora <= 1.01 * lora
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (2, 3))])
+def test_8_bit_state_reaches_the_loss_of_torch(seed, tokenizer, threads):
+    """Within 1%, in QLoRA fine-tunes all of whose moments are in 8 bits.
+
+    The three seeds came within 0.04% when this was written, and 32-bit state within 1e-6.
+    """
+    # Several would wait for each other at every one of the small layers.
+    threads(1)
+    made = []
+
+    def eight_bits(params):
+        made.append(ours(8)(params))
+        return made[0]
+
+    expected = train(fourbit.quantize_model(dense()), tokenizer, theirs, seed=seed)
+    loss = train(fourbit.quantize_model(dense()), tokenizer, eight_bits, seed=seed)
+    print({"torch": expected, "8 bits": loss})
+    assert {state["exp_avg"].dtype for state in made[0].state.values()} == {torch.uint8}
+    assert loss == pytest.approx(expected, rel=0.01)
