@@ -1,4 +1,4 @@
-"""What is asked of the CUDA driver beside memory, on that of ``fake_driver.c``; see ``fake_cards.py``.
+"""What is asked of the CUDA driver beside memory, on that of ``fake_driver.c``, without a card.
 
 Nothing here computes. That it also works on a card is shown by the tests marked ``cuda``.
 """
