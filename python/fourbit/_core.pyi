@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_MAX_SHARD_BYTES",
     "OLDEST_CAPABILITY",
     "SLOT_COUNTERS",
+    "CardMemory",
     "CheckpointError",
     "CheckpointReader",
     "CheckpointWriter",
@@ -35,6 +36,9 @@ __all__ = [
     "adamw_segments",
     "add_quantization_config",
     "build_kernel",
+    "card_can_page",
+    "card_free_memory",
+    "card_memory_in_use",
     "compile_kernel",
     "convert",
     "cuda_devices",
@@ -63,10 +67,23 @@ class CheckpointError(ValueError):
     """A checkpoint folder or file is damaged, incomplete or of an unknown format."""
 
 class CudaError(RuntimeError):
-    """A CUDA kernel could not be compiled, loaded or launched; the message says which and why."""
+    """A CUDA kernel could not be compiled, loaded or launched, or memory could not be had.
+
+    The message says which and why.
+    """
 
 class NonFiniteError(ValueError):
     """A weight to be quantized is NaN or infinite; the message names the element."""
+
+class _ArrayInterface(TypedDict):
+    version: int
+    typestr: str
+    shape: tuple[int]
+    data: tuple[int, bool]
+    strides: None
+
+class _CudaArrayInterface(_ArrayInterface):
+    stream: None
 
 @final
 class Codebook:
@@ -166,6 +183,27 @@ class CudaProgram:
     def processors(self) -> int: ...
     def launch(self, kernel: str, stream: int, arguments: Sequence[int | float]) -> None: ...
 
+@final
+class CardMemory:
+    @staticmethod
+    def managed(device: int, size: int) -> CardMemory: ...
+    @staticmethod
+    def page_locked(device: int, size: int) -> CardMemory: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def __cuda_array_interface__(self) -> _CudaArrayInterface: ...
+    @property
+    def __array_interface__(self) -> _ArrayInterface: ...
+    def prefetch(self, offset: int, size: int, *, to_card: bool, stream: int) -> bool: ...
+
+def card_can_page(device: int) -> bool: ...
+def card_free_memory(device: int) -> tuple[int, int]: ...
+def card_memory_in_use() -> tuple[int, int]: ...
 def adamw_segments(
     segments: Sequence[tuple[Sequence[int], int, Sequence[str], int, int, int]],
     *,

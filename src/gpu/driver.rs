@@ -1,4 +1,5 @@
-//! The few functions of the CUDA driver that launching takes, looked up when they are first needed.
+//! The CUDA driver: opened when it is first needed, its cards, their contexts, and the few functions
+//! that launching takes.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -17,7 +18,7 @@ use super::kernel::{Card, Geometry};
 use super::library::{functions, open};
 
 /// The driver's library, by the name that torch opens it by.
-const NAME: &str = if cfg!(windows) {
+pub(super) const NAME: &str = if cfg!(windows) {
     "nvcuda.dll"
 } else {
     "libcuda.so.1"
@@ -65,7 +66,7 @@ functions! {
 pub struct Driver {
     functions: Functions,
     /// Never closed: torch uses it too.
-    _library: ManuallyDrop<Library>,
+    library: ManuallyDrop<Library>,
 }
 
 /// A card, as the driver describes it.
@@ -84,7 +85,9 @@ pub struct Device {
 /// The primary context of a card, which is the one that torch uses; kept for the process's life.
 #[derive(Debug, Clone, Copy)]
 pub struct Context {
-    driver: &'static Driver,
+    pub(super) driver: &'static Driver,
+    /// The driver's handle of the card.
+    pub(super) device: CUdevice,
     handle: CUcontext,
     /// Shared memory that a block may have if it asks.
     block_bytes: u32,
@@ -125,14 +128,14 @@ impl Driver {
         let library = open(NAME).map_err(|reason| GpuProblem::DriverMissing { reason })?;
         let driver = Self {
             functions: Functions::of(&library, NAME)?,
-            _library: ManuallyDrop::new(library),
+            library: ManuallyDrop::new(library),
         };
         // SAFETY: the flags must be zero.
         driver.check("cuInit", unsafe { (driver.functions.cuInit)(0) })?;
         Ok(driver)
     }
 
-    fn check(&self, function: &'static str, code: u32) -> Result<(), GpuProblem> {
+    pub(super) fn check(&self, function: &'static str, code: u32) -> Result<(), GpuProblem> {
         if code == 0 {
             return Ok(());
         }
@@ -154,6 +157,11 @@ impl Driver {
             name: text(self.functions.cuGetErrorName),
             text: text(self.functions.cuGetErrorString),
         })
+    }
+
+    /// Where more of its functions can be looked up; it stays open.
+    pub(super) fn library(&self) -> &Library {
+        &self.library
     }
 
     /// The newest CUDA that the driver can run: 13 and 0 for CUDA 13.0.
@@ -204,7 +212,7 @@ impl Driver {
         })
     }
 
-    fn handle(&self, ordinal: u32) -> Result<CUdevice, GpuProblem> {
+    pub(super) fn handle(&self, ordinal: u32) -> Result<CUdevice, GpuProblem> {
         let mut handle = 0;
         // No machine has as many cards as would not fit; the driver refuses such a number.
         let ordinal = c_int::try_from(ordinal).unwrap_or(c_int::MAX);
@@ -214,7 +222,7 @@ impl Driver {
         Ok(handle)
     }
 
-    fn attribute(
+    pub(super) fn attribute(
         &self,
         attribute: CUdevice_attribute,
         handle: CUdevice,
@@ -251,6 +259,7 @@ impl Driver {
         let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Context {
             driver: self,
+            device,
             handle,
             block_bytes: self.attribute(most, device)?,
             card: self.card(device)?,
@@ -260,7 +269,10 @@ impl Driver {
 
 impl Context {
     /// Runs `work` on this thread with the context current.
-    fn current<T>(&self, work: impl FnOnce() -> Result<T, GpuProblem>) -> Result<T, GpuProblem> {
+    pub(super) fn current<T>(
+        &self,
+        work: impl FnOnce() -> Result<T, GpuProblem>,
+    ) -> Result<T, GpuProblem> {
         let functions = &self.driver.functions;
         let mut now = ptr::null_mut();
         // SAFETY: a handle to write to.
@@ -281,7 +293,10 @@ impl Context {
     }
 
     /// Runs `work` such that it may allocate while this thread captures a graph.
-    fn relaxed<T>(&self, work: impl FnOnce() -> Result<T, GpuProblem>) -> Result<T, GpuProblem> {
+    pub(super) fn relaxed<T>(
+        &self,
+        work: impl FnOnce() -> Result<T, GpuProblem>,
+    ) -> Result<T, GpuProblem> {
         let exchange = self.driver.functions.cuThreadExchangeStreamCaptureMode;
         let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: a mode to read and write; there have been three since there are any.

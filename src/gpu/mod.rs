@@ -12,7 +12,9 @@
 //! | `library` | shared libraries, opened when they are first needed |
 //! | [`nvrtc`] | NVIDIA's run-time compiler |
 //! | [`cache`] | compiled kernels on disk |
-//! | [`driver`] | the few functions of the CUDA driver that launching takes |
+//! | [`driver`] | the CUDA driver: its cards, their contexts, loading and launching |
+//! | `allocation` | allocating memory of the driver, counting it, freeing it |
+//! | [`memory`] | memory that moves between a card and the host, and memory that is page-locked |
 //! | [`launch`] | compiled kernels, loaded into torch's context and launched |
 //!
 //! The first six are there in every build; the others need the feature `cuda`, which links
@@ -20,6 +22,8 @@
 //! is an error of the call that needs them.
 
 pub mod adamw;
+#[cfg(feature = "cuda")]
+mod allocation;
 #[cfg(feature = "cuda")]
 pub mod cache;
 #[cfg(feature = "cuda")]
@@ -31,6 +35,8 @@ pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
 pub mod matvec;
+#[cfg(feature = "cuda")]
+pub mod memory;
 #[cfg(feature = "cuda")]
 pub mod nvrtc;
 pub mod products;
@@ -130,6 +136,40 @@ pub enum GpuProblem {
         name: String,
         /// The driver's sentence.
         text: String,
+    },
+
+    /// Memory that the driver does not give.
+    #[error(
+        "{bytes} bytes of {kind} memory cannot be had for GPU {device}: {reason}; keep the \
+         optimizer's state in fewer bits, use another pager, or free memory"
+    )]
+    Memory {
+        /// "managed" or "page-locked".
+        kind: &'static str,
+        /// How many bytes were asked for.
+        bytes: usize,
+        /// The card's number, as torch counts.
+        device: u32,
+        /// What the driver says.
+        reason: Box<GpuProblem>,
+    },
+
+    /// Memory of no bytes.
+    #[error("0 bytes of {kind} memory were asked for; ask for at least 1")]
+    EmptyMemory {
+        /// "managed" or "page-locked".
+        kind: &'static str,
+    },
+
+    /// A part of memory that reaches beyond it.
+    #[error("{bytes} bytes from byte {offset} on are not within the {size} bytes of the memory")]
+    MemoryRange {
+        /// Where the part starts.
+        offset: usize,
+        /// How long it is.
+        bytes: usize,
+        /// Bytes of the whole memory.
+        size: usize,
     },
 }
 

@@ -31,7 +31,8 @@ create_exception!(
     fourbit,
     CudaError,
     PyRuntimeError,
-    "A CUDA kernel could not be compiled, loaded or launched; the message names it and says why."
+    "A CUDA kernel could not be compiled, loaded or launched, or memory for a card could not be had; \
+     the message names it and says why."
 );
 
 /// The Python exception of an error: a class that callers already catch, the whole sentence.
@@ -51,9 +52,12 @@ pub(super) fn to_python(error: &Error) -> PyErr {
         Error::Destination(DestinationProblem::Locked) => PyBlockingIOError::new_err(message),
         Error::Destination(_) => PyFileExistsError::new_err(message),
         Error::NoSpace { .. } => PyOSError::new_err((ENOSPC, message)),
-        Error::Gpu(GpuProblem::UnknownKernel { .. } | GpuProblem::Arguments { .. }) => {
-            PyValueError::new_err(message)
-        }
+        Error::Gpu(
+            GpuProblem::UnknownKernel { .. }
+            | GpuProblem::Arguments { .. }
+            | GpuProblem::EmptyMemory { .. }
+            | GpuProblem::MemoryRange { .. },
+        ) => PyValueError::new_err(message),
         Error::Gpu(_) => CudaError::new_err(message),
         Error::Interrupted => PyKeyboardInterrupt::new_err(message),
         _ => PyValueError::new_err(message),

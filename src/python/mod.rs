@@ -9,6 +9,8 @@ mod convert;
 mod cuda;
 mod errors;
 mod gpu;
+#[cfg(feature = "cuda")]
+mod memory;
 mod optimizer;
 mod quantize;
 mod tensor;
@@ -38,6 +40,9 @@ mod _core {
         kernel_geometry, kernel_register, kernel_source, matvec_tensor_takes, product_cut,
         raise_non_finite, raise_scale_overflow,
     };
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::memory::{CardMemory, card_can_page, card_free_memory, card_memory_in_use};
     #[pymodule_export]
     use super::optimizer::{adamw_segments, adamw8_step, adamw32_step};
     #[pymodule_export]
