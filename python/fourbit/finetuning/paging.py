@@ -2,40 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-
-class PagingReport(Protocol):
-    """The part of an optimizer's ``paging_report()`` that is logged; counts are cumulative."""
-
-    @property
-    def pagers(self) -> Mapping[str, str]:
-        """By device: "unified", "pinned" or "resident"."""
-
-    @property
-    def resident_bytes(self) -> int:
-        """Of state that is on its device now."""
-
-    @property
-    def bytes_in(self) -> int:
-        """Moved to the device."""
-
-    @property
-    def bytes_out(self) -> int:
-        """Moved to the host."""
-
-    @property
-    def seconds_waiting(self) -> float:
-        """For pages that were still under way."""
-
-
-@runtime_checkable
-class ReportsPaging(Protocol):
-    """An optimizer that can say where its state is."""
-
-    def paging_report(self) -> PagingReport:
-        """The figures since the optimizer was made."""
+from fourbit.optim import PagedAdamW, PagingReport
 
 
 def is_paged(report: PagingReport) -> bool:
@@ -50,7 +19,7 @@ class PagingLog:
         optimizer: of the run.
     """
 
-    def __init__(self, optimizer: ReportsPaging) -> None:
+    def __init__(self, optimizer: PagedAdamW) -> None:
         self.optimizer = optimizer
         self._before = (0, 0, 0.0)
 
@@ -70,10 +39,10 @@ class PagingLog:
         }
 
 
-def totals(optimizer: Any) -> dict[str, Any]:
+def totals(optimizer: PagedAdamW) -> dict[str, Any]:
     """What a `FinetuneReport` says of the optimizer: its pager, and what it did in this call."""
-    report = optimizer.paging_report() if isinstance(optimizer, ReportsPaging) else None
-    if report is None or not is_paged(report):
+    report = optimizer.paging_report()
+    if not is_paged(report):
         return {
             "pager": "resident",
             "paging_bytes_in": 0,

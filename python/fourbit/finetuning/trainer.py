@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from fourbit.data import LossOn, TrainingData
 from fourbit.files import remove_leftovers
 from fourbit.finetuning.options import FinetuneOptions
-from fourbit.finetuning.paging import PagingLog, ReportsPaging
+from fourbit.finetuning.paging import PagingLog
 from fourbit.finetuning.record import OPTIMIZER_FILE, SCHEDULER_FILE
 from fourbit.lora import save_adapter
 from fourbit.optim import PagedAdamW, load_optimizer, save_optimizer
@@ -127,11 +127,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]  # transformers has no t
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with each loss what the optimizer's pager did since the one before."""
         if "loss" in logs:
-            optimizer = self.paged_optimizer
-            if self._paging is None and isinstance(optimizer, ReportsPaging):
-                self._paging = PagingLog(optimizer)
-            if self._paging is not None:
-                logs = {**logs, **self._paging.entry()}
+            if self._paging is None:
+                self._paging = PagingLog(self.paged_optimizer)
+            logs = {**logs, **self._paging.entry()}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

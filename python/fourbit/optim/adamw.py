@@ -293,7 +293,7 @@ class PagedAdamW(torch.optim.Optimizer):
         for param, fresh in self._new_states(wanted).items():
             state = self.state[param]
             if state:
-                state_of.copy_state(state, fresh)
+                state_of.fill_state(fresh, state, self._name(param))
             state.update(fresh)
             self._homes.setdefault(param, _home(param))
 
@@ -376,7 +376,7 @@ class PagedAdamW(torch.optim.Optimizer):
             restored = read_state_dict(state_dict, self.param_groups, self._name)
             states.update(self._new_states([(one.param, one.bits) for one in restored.states]))
             for one in restored.states:
-                state_of.copy_state(one.fields, states[one.param])
+                state_of.fill_state(states[one.param], one.fields, self._name(one.param))
             return {**state_dict, "param_groups": restored.groups, "state": restored.other}
 
         def put(_: torch.optim.Optimizer) -> None:

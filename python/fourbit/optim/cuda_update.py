@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from fourbit import _core, cuda_ops
+from fourbit.ops import FLOAT_DTYPES
 from fourbit.optim.options import options_of
 from fourbit.optim.paging.card import Card
 from fourbit.optim.paging.pager import Pager
 from fourbit.optim.paging.round import Piece
 from fourbit.optim.sharded import local, local_scales
-from fourbit.optim.state import BLOCK_SIZE, MOMENTS, local_moments
+from fourbit.optim.state import BLOCK_SIZE, SCALES, local_moments
 from fourbit.optim.update import Update, finish
+
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
 
 Plan = Sequence[tuple[Mapping[str, Any], list[Update]]]
 """Groups, and what of them is to be stepped."""
@@ -148,11 +151,10 @@ def _segment(
 ) -> tuple[list[int], int, list[str], int, int, int]:
     scales = [0, 0]
     if update.bits == 8:
-        block = piece.start // BLOCK_SIZE
+        skipped_bytes = 4 * (piece.start // BLOCK_SIZE)
         scales = [
-            local_scales(update.state[f"{moment}_absmax"], update.param, BLOCK_SIZE).data_ptr()
-            + 4 * block
-            for moment in MOMENTS
+            local_scales(update.state[field], update.param, BLOCK_SIZE).data_ptr() + skipped_bytes
+            for field in SCALES
         ]
     own = [
         tensor.data_ptr() + piece.start * tensor.itemsize for tensor in (update.values, update.grad)
@@ -160,7 +162,7 @@ def _segment(
     return (
         [*own, *piece.addresses, *scales],
         piece.stop - piece.start,
-        [str(tensor.dtype).removeprefix("torch.") for tensor in (update.values, update.grad)],
+        [_NAMES[tensor.dtype] for tensor in (update.values, update.grad)],
         update.bits,
         int(update.state["step"]) + 1,
         number,
@@ -169,7 +171,7 @@ def _segment(
 
 def _damage(updates: list[Update]) -> DamagedStateError:
     for update in updates:
-        for field in (f"{moment}_absmax" for moment in MOMENTS):
+        for field in SCALES:
             scales = update.state.get(field)
             if scales is not None and not bool(local(scales).isfinite().all()):
                 return DamagedStateError(update.param, field)

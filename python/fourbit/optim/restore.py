@@ -1,4 +1,4 @@
-"""Reading a state dict: everything is checked before anything is changed."""
+"""Reading a state dict: what it holds for whom."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fourbit.optim.options import check_options
-from fourbit.optim.state import bits_for, check_state
+from fourbit.optim.state import bits_for, check_fields
 
 
 class SavedState(NamedTuple):
-    """What a state dict holds for one parameter, checked.
+    """What a state dict holds for one parameter.
 
     Attributes:
         param: whose it is.
         bits: its width.
-        fields: as `state.copy_state` takes them.
+        fields: as `state.fill_state` takes them; they may be read from a file when asked for.
     """
 
     param: Tensor
@@ -26,7 +26,7 @@ class SavedState(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """A state dict, checked.
+    """A state dict, checked but for the tensors.
 
     Attributes:
         groups: its groups, completed by the options that it does not name.
@@ -44,7 +44,7 @@ def read_state_dict(
     param_groups: Sequence[Mapping[str, Any]],
     name: Callable[[Tensor], str],
 ) -> Restored:
-    """Check a state dict against the groups of an optimizer.
+    """Check a state dict against the groups of an optimizer. No tensor is looked at.
 
     Args:
         state_dict: of `PagedAdamW`, or of ``torch.optim.AdamW`` with 32-bit state.
@@ -76,7 +76,7 @@ def read_state_dict(
             fields = restored.other.pop(index, None)
             if fields is not None and fields != {}:
                 bits = bits_for(param, completed["state_bits"])
-                check_state(param, fields, bits, name(param))
+                check_fields(fields, bits, name(param))
                 restored.states.append(SavedState(param, bits, fields))
     for key in restored.other:
         if isinstance(key, int):

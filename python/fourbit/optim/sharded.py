@@ -8,11 +8,10 @@ whose gradient is not finite, which all processes must take together.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourbit.layout import block_count
 
@@ -20,20 +19,26 @@ GRADIENT_LIMIT = 2.0**63
 """As the core's: the squares of larger gradients overflow, and they count as not finite."""
 
 
+# Asked of every tensor in every step; to look for an attribute in vain takes half a microsecond.
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``. Asked without importing that, which takes a second."""
-    return hasattr(tensor, "to_local")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds: its shard if it is distributed."""
-    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    if not is_distributed(tensor):
+        return tensor
+    shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return shard
 
 
-def placements(tensor: Tensor | None) -> Any:
+def placements(tensor: Tensor) -> Any:
     """How it is distributed; None for a plain tensor."""
-    return getattr(tensor, "placements", None)
+    return tensor.placements if is_distributed(tensor) else None  # type: ignore[attr-defined]
 
 
 def shard_of(param: Tensor, values: Tensor) -> Tensor:
@@ -86,7 +91,9 @@ def zero_scales(param: Tensor, block_size: int) -> Tensor:
 
 
 def local_scales(scales: Tensor, param: Tensor, block_size: int) -> Tensor:
-    """The scales of this process's shard: a contiguous view, float32 [blocks]."""
+    """The scales of this process's shard: contiguous, float32 [blocks]."""
+    if not is_distributed(scales):
+        return scales
     return local(scales).view(-1)[: block_count(local(param).numel(), block_size)]
 
 

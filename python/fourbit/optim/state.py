@@ -34,6 +34,8 @@ MIN_8BIT_ELEMENTS = 4096
 """Smaller parameters keep 32-bit state: it costs little, and they are often the sensitive ones."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_absmax", "exp_avg_sq_absmax")
+"""Of 8-bit state, in the order of the moments."""
 
 State = dict[str, Tensor]
 
@@ -45,7 +47,7 @@ def bits_for(param: Tensor, state_bits: int) -> int:
 
 def bits_of(state: State) -> int:
     """The width of some state."""
-    return 8 if "exp_avg_absmax" in state else 32
+    return 8 if SCALES[0] in state else 32
 
 
 def moment_dtype(bits: int) -> torch.dtype:
@@ -62,10 +64,10 @@ def new_state(param: Tensor, bits: int, moments: tuple[Tensor, Tensor]) -> State
         moments: this process's part of both: zeros.
     """
     state = {"step": torch.tensor(0.0, dtype=torch.float32)}
-    for moment, values in zip(MOMENTS, moments, strict=True):
+    for moment, scales, values in zip(MOMENTS, SCALES, moments, strict=True):
         state[moment] = shard_of(param, values)
         if bits == 8:
-            state[f"{moment}_absmax"] = zero_scales(param, BLOCK_SIZE)
+            state[scales] = zero_scales(param, BLOCK_SIZE)
     return state
 
 
@@ -75,73 +77,73 @@ def local_moments(state: State) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def check_state(param: Tensor, saved: object, bits: int, name: str) -> None:
-    """Check a parameter's saved state, so that `copy_state` may take it.
-
-    Moments of 32-bit state are taken in float32, float16 and bfloat16, since ``torch.optim.AdamW``
-    keeps them in the parameter's dtype. 8-bit state is taken as it is and in no other way.
+def check_fields(saved: object, bits: int, name: str) -> None:
+    """Check which fields a parameter's saved state has; none is read.
 
     Args:
-        param: whose state it is.
         saved: what a state dict holds for it.
         bits: 8 or 32.
         name: of the parameter, for errors.
 
     Raises:
-        ValueError: naming the field that is missing, unknown, or of another shape or dtype, or
-            that holds a number no optimizer writes.
+        ValueError: naming the field that is missing or unknown.
     """
     if not isinstance(saved, Mapping):
         raise ValueError(f"the optimizer state of {name} is a {type(saved).__name__}, not a dict")
-    is_8bit = "exp_avg_absmax" in saved or "exp_avg_sq_absmax" in saved
+    is_8bit = any(field in saved for field in SCALES)
     if is_8bit != (bits == 8):
         raise ValueError(
             f"the optimizer state of {name} is {8 if is_8bit else 32}-bit where "
             f"{bits}-bit state is needed; use the state_bits it was saved with"
         )
-    needed = {"step": torch.empty((), dtype=torch.float32)}
-    for moment in MOMENTS:
-        # Of a parameter, what counts is its shape and how it is distributed.
-        needed[moment] = param.detach()
-        if bits == 8:
-            needed[f"{moment}_absmax"] = zero_scales(param, BLOCK_SIZE)
-    for field in sorted(needed.keys() - saved.keys()):
+    needed = {"step", *MOMENTS, *(SCALES if bits == 8 else ())}
+    for field in sorted(needed - saved.keys()):
         raise ValueError(f"the optimizer state of {name} lacks {field}; the state is damaged")
-    for field in sorted(saved.keys() - needed.keys(), key=str):
+    for field in sorted(saved.keys() - needed, key=str):
         raise ValueError(f"the optimizer state of {name} has an unknown field {field!r}")
-    for field, like in needed.items():
-        dtype = moment_dtype(bits) if field in MOMENTS else torch.float32
-        _check_field(like, dtype, saved[field], field, f"{field} of {name}")
 
 
-def copy_state(saved: Mapping[str, Any], state: State) -> None:
-    """Fill a new state with a checked one; moments are widened."""
+def fill_state(state: State, saved: Mapping[str, Any], name: str) -> None:
+    """Fill a new state with a saved one, whose fields are checked and read once, one at a time.
+
+    Moments of 32-bit state are taken in float32, float16 and bfloat16, since ``torch.optim.AdamW``
+    keeps them in the parameter's dtype. 8-bit state is taken as it is and in no other way.
+
+    Args:
+        state: of the same parameter and width, before its first step.
+        saved: has passed `check_fields`.
+        name: of the parameter, for errors.
+
+    Raises:
+        ValueError: naming the field that has another shape or dtype, or holds a number that no
+            optimizer writes.
+    """
     for field, target in state.items():
-        value = saved[field]
-        plain = local(value.detach()) if isinstance(value, Tensor) else torch.tensor(value)
-        local(target).copy_(plain)
+        value = _checked(saved[field], target, field, f"{field} of {name}")
+        local(target).copy_(local(value.detach()))
 
 
-def _check_field(like: Tensor, dtype: torch.dtype, value: Any, field: str, where: str) -> None:
+def _checked(value: Any, target: Tensor, field: str, where: str) -> Tensor:
     if field == "step" and isinstance(value, int | float):
         value = torch.tensor(float(value))
     if not isinstance(value, Tensor):
         raise ValueError(f"optimizer state {where} is a {type(value).__name__}, not a tensor")
-    if value.shape != like.shape:
+    if value.shape != target.shape:
         raise ValueError(
             f"optimizer state {where} has shape {list(value.shape)} where "
-            f"{list(like.shape)} is needed"
+            f"{list(target.shape)} is needed"
         )
-    if is_distributed(value) != is_distributed(like) or placements(value) != placements(like):
+    if is_distributed(value) != is_distributed(target) or placements(value) != placements(target):
         raise ValueError(f"optimizer state {where} is not sharded as the parameter is")
-    narrow = field in MOMENTS and dtype == torch.float32
-    allowed = {dtype, *((torch.float16, torch.bfloat16) if narrow else ())}
+    narrow = field in MOMENTS and target.dtype == torch.float32
+    allowed = {target.dtype, *((torch.float16, torch.bfloat16) if narrow else ())}
     if value.dtype not in allowed and field != "step":
         raise ValueError(
-            f"optimizer state {where} is {value.dtype} where {dtype} is needed; "
+            f"optimizer state {where} is {value.dtype} where {target.dtype} is needed; "
             "the state is damaged or was cast"
         )
     _check_numbers(local(value.detach()), field, where)
+    return value
 
 
 def _check_numbers(values: Tensor, field: str, where: str) -> None:

@@ -84,10 +84,10 @@ def run(updates: list[Update], group: Mapping[str, Any], bits: int) -> list[Tens
 
 def finish(updates: list[Update], skipped: set[int]) -> None:
     """Count the steps of all but the skipped, and put back what was stepped as a copy."""
-    for index, update in enumerate(updates):
-        if index in skipped:
-            continue
-        update.state["step"] += 1
+    stepped = [update for index, update in enumerate(updates) if index not in skipped]
+    if stepped:
+        torch._foreach_add_([update.state["step"] for update in stepped], 1)
+    for update in stepped:
         memory = local(update.param)
         if update.values.data_ptr() != memory.data_ptr():
             memory.copy_(update.values)
