@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,14 +16,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import emulate
+import emulated_optimizer
 import fourbit
 from conftest import REPOSITORY
+from fake_card import FakeCard
 from fourbit.cli import train as cli_train
 from fourbit.finetuning import FinetuneReport, FinetuneStoppedError, options, trainer
 from fourbit.finetuning.options import FinetuneOptions
 from fourbit.finetuning.paging import PagingLog
 from fourbit.finetuning.record import RunRecord, latest_checkpoint, read_record, resumed_options
-from fourbit.optim import PagedAdamW, adamw
+from fourbit.optim import PagedAdamW, PagingReport
+from fourbit.optim.paging import PagerName
 
 FAQ = REPOSITORY / "examples" / "data" / "faq.jsonl"
 # With r = 64 some adapters have the 4096 elements from which on state is kept in 8 bits.
@@ -224,15 +228,6 @@ def test_a_full_disk_is_said(
 # --- the pager ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Report:
-    pagers: dict[str, str]
-    resident_bytes: int
-    bytes_in: int
-    bytes_out: int
-    seconds_waiting: float
-
-
 class StandIn(PagedAdamW):
     """Reports as if state moved at each step: 10 n bytes in at step n, and half as many out."""
 
@@ -249,9 +244,15 @@ class StandIn(PagedAdamW):
             self.param_groups[0]["params"][3].grad.fill_(torch.nan)
         return super().step(closure)
 
-    def paging_report(self) -> Report:
+    def paging_report(self) -> PagingReport:
         moved = 10 * self.done * (self.done + 1) // 2
-        return Report({"cuda:0": self.reported}, 100 + self.done, moved, moved // 2, self.done / 4)
+        return PagingReport(
+            pagers={"cuda:0": self.reported},
+            resident_bytes=100 + self.done,
+            bytes_in=moved,
+            bytes_out=moved // 2,
+            seconds_waiting=self.done / 4,
+        )
 
 
 def entries_of(output: Path) -> list[dict[str, Any]]:
@@ -322,6 +323,27 @@ def test_the_log_has_what_was_moved(
     assert [entry["paging_bytes_in"] for entry in entries_of(output)] == [30, 70, 110, 30]
 
 
+def test_a_run_on_a_full_card_is_paged_before_and_after_it_is_resumed(
+    four_bit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card that is not there: the same bytes as on the CPU, at the end of each."""
+    if emulate.unavailable():
+        pytest.skip(emulate.unavailable())
+    given = {"r": 4, "logging_steps": 2, "optimizer_bits": 32}
+    run(four_bit_folder, tmp_path / "cpu", **given)
+    emulated_optimizer.patch(monkeypatch, FakeCard(3 * emulated_optimizer.PAGE))
+    output = tmp_path / "card"
+    with pytest.raises(FinetuneStoppedError):
+        run(four_bit_folder, output, **given, pager="unified", should_stop=lambda: True)
+    again = fourbit.finetune(four_bit_folder, FAQ, output, resume=True)
+    assert_same_end(output, tmp_path / "cpu")
+    assert again.pager == "unified"
+    entries = entries_of(output)
+    assert [entry["step"] for entry in entries] == [1, 2, 4, 6]
+    assert all(entry["paging_bytes_in"] > 0 for entry in entries)
+    assert again.paging_bytes_in == sum(entry["paging_bytes_in"] for entry in entries[1:])
+
+
 def test_nothing_is_logged_where_nothing_moves(
     finished: Any,
     four_bit_folder: Path,
@@ -361,7 +383,7 @@ def test_figures_are_those_since_the_last_entry() -> None:
 
 
 def test_the_pagers_are_those_of_the_optimizer() -> None:
-    assert get_args(options.Pager) == get_args(adamw.Pager)
+    assert get_args(options.Pager) == get_args(PagerName)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can page")
@@ -373,7 +395,7 @@ def test_a_pager_that_the_machine_has_not_is_said_at_once(
         raise AssertionError("the model is read first")
 
     monkeypatch.setattr("fourbit.finetuning.run.load_model", late)
-    with pytest.raises(ValueError, match=f"'{pager}' needs parameters on a GPU.*use \"resident\""):
+    with pytest.raises(ValueError, match=f'"{pager}" needs parameters on a GPU.*or "resident"'):
         run(four_bit_folder, tmp_path / "run", pager=pager)
     assert not (tmp_path / "run").exists()
 

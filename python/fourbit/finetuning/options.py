@@ -10,7 +10,7 @@ from typing import Literal, get_args
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 InitLora = Literal["default", "gaussian"]
-# As `fourbit.optim.adamw.Pager`, whose import takes seconds.
+# As `fourbit.optim.paging.PagerName`, whose import takes seconds.
 Pager = Literal["auto", "unified", "pinned", "resident"]
 
 
