@@ -16,8 +16,8 @@ from fourbit.optim.options import check_options
 from fourbit.optim.paging import PagerName, PagingReport, Placement
 from fourbit.optim.paging.pages import Wanted
 from fourbit.optim.restore import read_state_dict
-from fourbit.optim.sharded import is_distributed, local, placements, usable_everywhere
-from fourbit.optim.update import Update, run, shares_memory
+from fourbit.optim.sharded import is_distributed, placements, usable_everywhere
+from fourbit.optim.update import Update, run, shares_memory, update_of
 
 WARN_EVERY = 100
 """Steps with skipped tensors between two warnings of them."""
@@ -190,18 +190,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepped = [
-            (group, [param for param in group["params"] if param.grad is not None])
-            for group in self.param_groups
-        ]
-        for group, params in stepped:
-            for param in params:
-                self._check_before_step(param, group)
-        self._settle([(param, group) for group, params in stepped for param in params])
-        plan = [
-            (group, [_update(param, self.state[param]) for param in params])
-            for group, params in stepped
-        ]
+        plan = self._plan()
         everything = [update for _, updates in plan for update in updates]
         sharer = shares_memory(everything)
         if sharer is not None:
@@ -250,8 +239,10 @@ class PagedAdamW(torch.optim.Optimizer):
                 raise ValueError(message) from None
         return skipped
 
-    def _check_before_step(self, param: Tensor, group: dict[str, Any]) -> None:
-        self._check_param(param)
+    def _check_before_step(self, param: Tensor) -> None:
+        home = self._homes.get(param)
+        if home is None:
+            self._check_param(param)
         grad = param.grad
         assert grad is not None
         if grad.layout != torch.strided:
@@ -261,9 +252,9 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         if placements(grad) != placements(param):
             raise ValueError(f"the gradient of {self._name(param)} is not sharded as it is")
-        if param not in self._homes:
+        if home is None:
             return
-        dtype, device = self._homes[param]
+        dtype, device = home
         shape = self.state[param].get("exp_avg", param).shape
         if param.dtype != dtype or param.shape != shape:
             raise ValueError(
@@ -278,24 +269,43 @@ class PagedAdamW(torch.optim.Optimizer):
                 "this one's state_dict()"
             )
 
-    def _settle(self, params: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """See to it that parameters have state, and have it where their pager wants it.
+    def _plan(self) -> list[tuple[dict[str, Any], list[Update]]]:
+        """What is to be stepped in each group: checked, with state where its pager wants it.
 
         State that is elsewhere, as in a copied optimizer, keeps its numbers.
         """
-        wanted = []
-        for param, group in params:
-            state = self.state[param]
-            if not state:
-                wanted.append((param, state_of.bits_for(param, group["state_bits"])))
-            elif not self._placement.holds(param, state_of.local_moments(state)):
-                wanted.append((param, state_of.bits_of(state)))
+        stepped = [
+            (group, [param for param in group["params"] if param.grad is not None])
+            for group in self.param_groups
+        ]
+        for _, params in stepped:
+            for param in params:
+                self._check_before_step(param)
+        plan: list[tuple[dict[str, Any], list[Update]]] = []
+        wanted: list[tuple[Tensor, int]] = []
+        for group, params in stepped:
+            updates: list[Update] = []
+            for param in params:
+                state = self.state[param]
+                if not state:
+                    wanted.append((param, state_of.bits_for(param, group["state_bits"])))
+                    continue
+                updates.append(update_of(param, state))
+                if not self._placement.holds(param, updates[-1].moments):
+                    wanted.append((param, updates[-1].bits))
+            plan.append((group, updates))
+        if not wanted:
+            return plan
         for param, fresh in self._new_states(wanted).items():
             state = self.state[param]
             if state:
                 state_of.fill_state(fresh, state, self._name(param))
             state.update(fresh)
             self._homes.setdefault(param, _home(param))
+        return [
+            (group, [update_of(param, self.state[param]) for param in params])
+            for group, params in stepped
+        ]
 
     def _new_states(self, wanted: list[tuple[Tensor, int]]) -> dict[Tensor, state_of.State]:
         """State before the first step, of parameters with so many bits each: all, or none."""
@@ -396,13 +406,3 @@ class PagedAdamW(torch.optim.Optimizer):
 
 def _home(param: Tensor) -> tuple[torch.dtype, torch.device]:
     return param.dtype, param.device
-
-
-def _update(param: Tensor, state: state_of.State) -> Update:
-    """What stepping a parameter takes."""
-    grad = param.grad
-    assert grad is not None
-    values = local(param).detach()
-    # Autograd may hand out gradients as negative views, whose memory holds the other sign.
-    local_grad = local(grad).detach().resolve_neg()
-    return Update(param, values.contiguous(), local_grad.contiguous(), state)

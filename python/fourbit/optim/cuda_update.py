@@ -16,8 +16,8 @@ from fourbit.optim.paging.card import Card
 from fourbit.optim.paging.pager import Pager
 from fourbit.optim.paging.round import Piece
 from fourbit.optim.sharded import local, local_scales
-from fourbit.optim.state import BLOCK_SIZE, SCALES, local_moments
-from fourbit.optim.update import Update, finish
+from fourbit.optim.state import BLOCK_SIZE, SCALES
+from fourbit.optim.update import Update, finish, next_steps
 
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
 
@@ -68,7 +68,7 @@ def run_on_card(plan: Plan, card: Card, pager: Pager) -> list[Tensor]:
 
 def _launch(plan: Plan, filled: list[Update], card: Card, pager: Pager) -> list[int]:
     """Launch the step; a flag for each parameter that is not empty, and one for damaged state."""
-    round_ = pager.begin({update.param: local_moments(update.state) for update in filled})
+    round_ = pager.begin({update.param: update.moments for update in filled})
     table = _Table(plan, filled)
     slices = [table.add(pieces) for pieces in round_.visits]
     everything = _Slice(0, sum(part.segments for part in slices), 0, table.tiles)
@@ -108,6 +108,22 @@ class _Slice(NamedTuple):
     tiles: int
 
 
+class _Entry(NamedTuple):
+    """What the table needs of a parameter.
+
+    Attributes:
+        update: its part in the step.
+        number: of its flag.
+        group: of its options.
+        step: which one it is, counted from 1.
+    """
+
+    update: Update
+    number: int
+    group: int
+    step: int
+
+
 class _Table:
     """What the kernel is told of all pieces of parameters.
 
@@ -119,18 +135,26 @@ class _Table:
     def __init__(self, plan: Plan, filled: Sequence[Update]) -> None:
         self.tiles = 0
         self._bytes = bytearray()
-        self._updates = {update.param: (index, update) for index, update in enumerate(filled)}
-        self._groups = {
-            update.param: index for index, (_, updates) in enumerate(plan) for update in updates
-        }
         self._options = [options_of(group) for group, _ in plan]
+        groups = [
+            group
+            for group, (_, updates) in enumerate(plan)
+            for update in updates
+            if update.values.numel()
+        ]
+        steps = next_steps(filled)
+        self._entries = {
+            update.param: _Entry(update, number, group, step)
+            for number, (update, group, step) in enumerate(zip(filled, groups, steps, strict=True))
+        }
 
     def add(self, pieces: Sequence[Piece]) -> _Slice:
         """Append what one launch steps."""
         first, first_tile = len(self._bytes) // _core.ADAMW_SEGMENT_BYTES, self.tiles
+        entries = [(self._entries[piece.param], piece) for piece in pieces]
         # One call takes as many as have the same options.
-        for group, run in groupby(pieces, key=lambda piece: self._groups[piece.param]):
-            segments = [_segment(*self._updates[piece.param], piece) for piece in run]
+        for group, run in groupby(entries, key=lambda item: item[0].group):
+            segments = [_segment(entry, piece) for entry, piece in run]
             written, self.tiles = _core.adamw_segments(
                 segments, first_tile=self.tiles, **self._options[group]
             )
@@ -147,25 +171,26 @@ class _Table:
 
 
 def _segment(
-    number: int, update: Update, piece: Piece
-) -> tuple[list[int], int, list[str], int, int, int]:
+    entry: _Entry, piece: Piece
+) -> tuple[tuple[int, ...], int, tuple[str, str], int, int, int]:
+    (param, values, grad, state, bits, _), start = entry.update, piece.start
     scales = [0, 0]
-    if update.bits == 8:
-        skipped_bytes = 4 * (piece.start // BLOCK_SIZE)
+    if bits == 8:
+        offset = 4 * (start // BLOCK_SIZE)
         scales = [
-            local_scales(update.state[field], update.param, BLOCK_SIZE).data_ptr() + skipped_bytes
-            for field in SCALES
+            local_scales(state[field], param, BLOCK_SIZE).data_ptr() + offset for field in SCALES
         ]
-    own = [
-        tensor.data_ptr() + piece.start * tensor.itemsize for tensor in (update.values, update.grad)
-    ]
+    own = (
+        values.data_ptr() + start * values.element_size(),
+        grad.data_ptr() + start * grad.element_size(),
+    )
     return (
-        [*own, *piece.addresses, *scales],
-        piece.stop - piece.start,
-        [_NAMES[tensor.dtype] for tensor in (update.values, update.grad)],
-        update.bits,
-        int(update.state["step"]) + 1,
-        number,
+        (*own, *piece.addresses, *scales),
+        piece.stop - start,
+        (_NAMES[values.dtype], _NAMES[grad.dtype]),
+        bits,
+        entry.step,
+        entry.number,
     )
 
 

@@ -61,7 +61,7 @@ class PinnedPager:
         """As `Pager`."""
         if self._streams is None:
             self._streams = Streams(self._card.side_stream(), self._card.side_stream())
-        numbers, spans = chosen(self._pages.all, set(moments))
+        numbers, spans = chosen(self._pages.all, moments)
         pages = [self._pages.all[number] for number in numbers]
         return _PinnedRound(self._card, self._streams, pages, spans, self.counters)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -124,11 +124,12 @@ def seconds(card: Card, waits: Waits) -> float:
     return sum(card.seconds(before, after) for before, after in waits)
 
 
-def chosen(pages: Sequence[Page], params: set[Tensor]) -> tuple[list[int], list[list[Span]]]:
+def chosen(pages: Sequence[Page], params: Iterable[Tensor]) -> tuple[list[int], list[list[Span]]]:
     """The pages that hold anything of some parameters, by number, and what each holds of them."""
     numbers, spans = [], []
+    known = {id(param) for param in params}  # whose hash is not computed by Python code
     for number, page in enumerate(pages):
-        of_page = [span for span in page.spans if span.param in params]
+        of_page = [span for span in page.spans if id(span.param) in known]
         if of_page:
             numbers.append(number)
             spans.append(of_page)

@@ -90,7 +90,7 @@ class UnifiedPager:
         """As `Pager`."""
         self._look()
         pages = self._pages.all
-        numbers, spans = chosen(pages, set(moments))
+        numbers, spans = chosen(pages, moments)
         pieces = {
             number: _pieces(pages[number], of_page)
             for number, of_page in zip(numbers, spans, strict=True)
