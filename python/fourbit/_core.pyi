@@ -10,6 +10,8 @@ from torch import Tensor
 __version__: str
 DEFAULT_CHUNK_BYTES: int
 DEFAULT_MAX_SHARD_BYTES: int
+MAX_HEADER_BYTES: int
+MAX_TENSORS: int
 ADAMW_SEGMENT_BYTES: int
 COUNTER_SLOTS: int
 OLDEST_CAPABILITY: int
@@ -20,6 +22,8 @@ __all__ = [
     "COUNTER_SLOTS",
     "DEFAULT_CHUNK_BYTES",
     "DEFAULT_MAX_SHARD_BYTES",
+    "MAX_HEADER_BYTES",
+    "MAX_TENSORS",
     "OLDEST_CAPABILITY",
     "SLOT_COUNTERS",
     "CardMemory",
@@ -58,6 +62,7 @@ __all__ = [
     "quantized_layout",
     "raise_non_finite",
     "raise_scale_overflow",
+    "read_header",
     "simd_backends",
     "small_files",
     "verify",
@@ -391,5 +396,8 @@ def verify(
     threads: int,
     progress: Callable[[int, int], object] | None = None,
 ) -> _VerifyReport: ...
+def read_header(
+    path: str | PathLike[str],
+) -> tuple[dict[str, str], list[tuple[str, str, list[int], int, int]]]: ...
 def kept_module(name: str) -> str | None: ...
 def small_files(folder: str | PathLike[str]) -> list[str]: ...

@@ -9,11 +9,8 @@ as has every other string there.
 from __future__ import annotations
 
 import json
-import math
 import os
-import stat
 import struct
-import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +20,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fourbit._core import CheckpointError, NonFiniteError
+from fourbit._core import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    CheckpointError,
+    NonFiniteError,
+    read_header,
+)
 
 _FILE_DTYPES = {
     torch.float32: "F32",
@@ -41,12 +44,6 @@ _FILE_DTYPES = {
 }
 TORCH_DTYPES = {name: dtype for dtype, name in _FILE_DTYPES.items()}
 """torch's dtypes by the names that safetensors has for them."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header, as in safetensors itself."""
-
-MAX_NAME_BYTES = 4096
-"""The longest name of a tensor, as in the core."""
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
@@ -75,8 +72,6 @@ def write_tensors(
     file: BinaryIO,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    *,
-    max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> None:
     """Write a safetensors file. No copy of more than 16 MiB is made of contiguous tensors.
 
@@ -84,13 +79,14 @@ def write_tensors(
         file: open for writing, at its start.
         tensors: plain tensors, on any device.
         metadata: strings of the header, with names of their own.
-        max_header_bytes: what its reader will allow.
 
     Raises:
         NonFiniteError: naming a tensor with NaN or infinity.
-        ValueError: if the header is longer than allowed.
+        ValueError: if there are more tensors, or is more to say of them, than a reader takes.
         TypeError: for a dtype that safetensors has no name for.
     """
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{len(tensors)} tensors are more than the {MAX_TENSORS} a file may have")
     # Wide elements first, so that all are aligned, as in other writers' files.
     names = sorted(tensors, key=lambda name: -tensors[name].itemsize)
     checksums = dict.fromkeys(names, 0)
@@ -114,9 +110,9 @@ def write_tensors(
 
     # Its length is known before the checksums are.
     length = len(header())
-    if length > max_header_bytes:
+    if length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"the header would take {length} bytes, and {max_header_bytes} are allowed; shorten "
+            f"the header would take {length} bytes, and {MAX_HEADER_BYTES} are allowed; shorten "
             "names and options"
         )
     file.seek(_LENGTH_BYTES + length)
@@ -171,12 +167,11 @@ class StoredTensor:
 class TensorFile:
     """A safetensors file, open, its header read and checked against its size.
 
-    Stricter than safetensors' own reader, as the core is: no key stands twice, entries hold nothing
-    unknown, names hold no control characters. Use it as a context manager.
+    The core reads the header, stricter than safetensors' own reader: ``src/checkpoint/header.rs``
+    says how. Use it as a context manager.
 
     Args:
         path: of the file.
-        max_header_bytes: longest header that is read.
 
     Attributes:
         path: of the file.
@@ -188,23 +183,17 @@ class TensorFile:
         CheckpointError: naming the file and what is wrong with it.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not stat.S_ISREG(self.path.stat().st_mode):
-            # Opening a FIFO would wait for ever.
-            raise CheckpointError(f"{self.path} is not a file")
-        self._file = self.path.open("rb", buffering=0)
-        try:
-            self.metadata, self.tensors = self._read_header(max_header_bytes)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, CheckpointError) or not isinstance(
-                error, ValueError | RecursionError
-            ):
-                raise
-            raise CheckpointError(f"{self.path} is not a safetensors file: {error}") from None
+        # A link of the user's own is followed, and the file it names taken for what it is.
+        real = self.path.resolve(strict=True)
+        self.metadata, entries = read_header(real)
+        self.tensors: dict[str, StoredTensor] = {}
+        for name, dtype, shape, start, size_bytes in entries:
+            if dtype not in TORCH_DTYPES:
+                raise CheckpointError(f"{self.path}: {name} is {dtype}, which torch has none for")
+            self.tensors[name] = StoredTensor(TORCH_DTYPES[dtype], tuple(shape), start, size_bytes)
+        self._file = real.open("rb", buffering=0)
 
     def __enter__(self) -> TensorFile:
         """Itself."""
@@ -261,39 +250,6 @@ class TensorFile:
                 raise CheckpointError(f"{self.path}: {what} ends early; the file was cut off")
             done += count
 
-    def _read_header(self, limit: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-        file_bytes = os.fstat(self._file.fileno()).st_size
-        if file_bytes < _LENGTH_BYTES:
-            raise ValueError(f"it has {file_bytes} bytes")
-        start = bytearray(_LENGTH_BYTES)
-        self._fill(memoryview(start), "the header")
-        (length,) = struct.unpack("<Q", start)
-        if length > limit:
-            raise ValueError(f"the header claims {length} bytes, and {limit} are allowed")
-        if _LENGTH_BYTES + length > file_bytes:
-            raise ValueError(f"the header claims {length} bytes of a file of {file_bytes}")
-        text = bytearray(length)
-        self._fill(memoryview(text), "the header")
-        if not text.startswith(b"{"):
-            raise ValueError("the header does not start with {")
-        header = strict_json(text.decode())
-        metadata = header.pop(_METADATA, {})
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError(f"{_METADATA} is not an object of strings")
-        for value in metadata.values():
-            value.encode()  # half of a surrogate pair is no text
-        data_start = _LENGTH_BYTES + length
-        tensors = {name: _entry(name, fields, data_start) for name, fields in header.items()}
-        position = data_start
-        # Empty tensors stand where others begin.
-        for name in sorted(tensors, key=lambda one: (tensors[one].start, tensors[one].size_bytes)):
-            if tensors[name].start != position:
-                raise ValueError(f"there is a hole or an overlap before {name!r}")
-            position += tensors[name].size_bytes
-        if position != file_bytes:
-            raise ValueError(f"it has {file_bytes} bytes where its header wants {position}")
-        return metadata, tensors
-
 
 def strict_json(text: str) -> Any:
     """Parse JSON in which no key stands twice and no number is NaN.
@@ -314,38 +270,3 @@ def strict_json(text: str) -> Any:
         raise ValueError(f"{constant} is no number")
 
     return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-
-
-def is_name(name: object) -> bool:
-    """Whether this can be a tensor's name: text of a bounded length without control characters."""
-    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_BYTES:
-        return False
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        return False
-    return len(name.encode()) <= MAX_NAME_BYTES
-
-
-def _entry(name: str, fields: Any, data_start: int) -> StoredTensor:
-    if not is_name(name):
-        raise ValueError(f"{name[:100]!r} is no name of a tensor")
-    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the entry of {name!r} is not one of dtype, shape and data_offsets")
-    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
-        raise ValueError(f"{name!r} has the type {dtype!r}, which torch has none for")
-    if not _are_sizes(shape) or len(shape) > 64:
-        raise ValueError(f"the shape of {name!r} is not a list of sizes")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"the data_offsets of {name!r} are not two positions")
-    kind = TORCH_DTYPES[dtype]
-    size_bytes = math.prod(shape) * kind.itemsize
-    if math.prod(size for size in shape if size) * kind.itemsize >= 2**63:
-        raise ValueError(f"the shape of {name!r} overflows")
-    if offsets[1] - offsets[0] != size_bytes:
-        raise ValueError(f"{name!r} takes {size_bytes} bytes, and its data_offsets are {offsets}")
-    return StoredTensor(kind, tuple(shape), data_start + offsets[0], size_bytes)
-
-
-def _are_sizes(values: Any) -> bool:
-    # True is an int to Python.
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)

@@ -31,7 +31,7 @@ pub mod writer;
 pub use checksum::Checksum;
 pub use dtype::FileDtype;
 pub use folder::{Folder, Shard};
-pub use header::{Header, MAX_HEADER_BYTES, TensorInfo};
+pub use header::{Header, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo};
 pub use manifest::Manifest;
 pub use names::FORMAT_VERSION;
 pub use problem::CheckpointProblem;

@@ -12,11 +12,13 @@ use super::quantize::Codebook;
 use super::tensor::Tensor;
 use super::threads::detached_watched;
 use crate::checkpoint::config::{Config, Quantization};
+use crate::checkpoint::input::InputFile;
 use crate::checkpoint::names::Part;
 use crate::checkpoint::plan::{Extent, PlannedTensor};
 use crate::checkpoint::quantized::planned_parts;
 use crate::checkpoint::{
-    FileDtype, Folder, Manifest, QuantState, QuantizedWeight, Writer, verify as core,
+    FileDtype, Folder, Header, Manifest, QuantState, QuantizedWeight, TensorInfo, Writer,
+    verify as core,
 };
 use crate::element::Dtype;
 use crate::error::OptionProblem;
@@ -32,6 +34,35 @@ pub(super) struct TensorEntry {
     file: String,
     checksum: Option<String>,
     reason: Option<String>,
+}
+
+/// What the header of one safetensors file says: the strings of its metadata, and of each tensor
+/// name, dtype, shape, position of the first byte and bytes.
+type HeaderContents = (
+    BTreeMap<String, String>,
+    Vec<(String, &'static str, Vec<u64>, u64, u64)>,
+);
+
+/// Reads the header of one safetensors file and checks it against the file's size.
+#[pyfunction]
+pub(super) fn read_header(py: Python<'_>, path: PathBuf) -> PyResult<HeaderContents> {
+    let read = || {
+        let file = InputFile::open(&path)?;
+        Header::read(&file).map_err(|error| error.in_file(&path))
+    };
+    let header = py.detach(read).map_err(|error| to_python(&error))?;
+    let describe = |tensor: TensorInfo| {
+        let dtype = tensor.dtype.name();
+        (
+            tensor.name,
+            dtype,
+            tensor.shape,
+            tensor.offset,
+            tensor.bytes,
+        )
+    };
+    let tensors = header.tensors.into_iter().map(describe).collect();
+    Ok((header.metadata, tensors))
 }
 
 /// A quantized weight as a dict.

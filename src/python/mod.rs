@@ -23,7 +23,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::checkpoint::{
-        CheckpointReader, CheckpointWriter, add_quantization_config, quantized_layout, verify,
+        CheckpointReader, CheckpointWriter, add_quantization_config, quantized_layout, read_header,
+        verify,
     };
     #[pymodule_export]
     use super::convert::{convert, kept_module, small_files};
@@ -60,6 +61,8 @@ mod _core {
         module.add("ADAMW_SEGMENT_BYTES", crate::gpu::adamw::SEGMENT_BYTES)?;
         module.add("COUNTER_SLOTS", crate::gpu::products::COUNTER_SLOTS)?;
         module.add("SLOT_COUNTERS", crate::gpu::products::SLOT_COUNTERS)?;
+        module.add("MAX_HEADER_BYTES", crate::checkpoint::MAX_HEADER_BYTES)?;
+        module.add("MAX_TENSORS", crate::checkpoint::MAX_TENSORS)?;
         module.add("DEFAULT_MAX_SHARD_BYTES", DEFAULT_MAX_SHARD_BYTES)?;
         module.add("DEFAULT_CHUNK_BYTES", DEFAULT_CHUNK_BYTES)
     }

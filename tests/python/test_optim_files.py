@@ -168,7 +168,6 @@ def test_options_of_all_kinds(tmp_path: Path) -> None:
         ({"note": {"a": 1}}, "option note is a dict"),
         ({"note": float("inf")}, "option note is inf"),
         ({"note": torch.ones(3)}, "option note is a tensor of 3 elements"),
-        ({"note": "x" * (1 << 22)}, "header would take"),
     ):
         with pytest.raises(ValueError, match=message):
             save_optimizer(PagedAdamW([{"params": params[:1], **bad}]), tmp_path / "x")

@@ -222,7 +222,7 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_optimizer(optimizer, tmp_path / "nothing")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt is not a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: this is a zip archive"):
         load_optimizer(optimizer, tmp_path / "optimizer.pt")
     model = fourbit.add_lora(nn.Sequential(nn.Linear(64, 64)), r=2)
     fourbit.save_adapter(model, tmp_path)
@@ -271,9 +271,9 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
     assert same(target.state_dict(), untouched)
 
 
-def test_a_header_of_a_million_tensors_is_not_parsed(tmp_path: Path) -> None:
+def test_a_header_of_a_million_tensors_is_refused(tmp_path: Path) -> None:
     entry = '"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     header = ("{" + ",".join(entry % index for index in range(1_000_000)) + "}").encode()
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match="are allowed"):
+    with pytest.raises(CheckpointError, match="more than 262144 tensors"):
         load_optimizer(stepped(), tmp_path / "x")

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fourbit import CheckpointError, NonFiniteError, _core
+from fourbit._core import MAX_HEADER_BYTES, MAX_TENSORS
 from fourbit.tensor_file import TORCH_DTYPES, TensorFile, write_tensors
 
 
@@ -84,8 +85,10 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         write(tmp_path / "x", {"first": torch.ones(3), "second": torch.tensor([1.0, torch.nan])})
     with pytest.raises(TypeError, match=r"z is torch\.complex64"):
         write(tmp_path / "x", {"z": torch.ones(1, dtype=torch.complex64)})
-    with (tmp_path / "x").open("wb") as out, pytest.raises(ValueError, match="header would take"):
-        write_tensors(out, {"a": torch.ones(1)}, {"note": "x" * 100}, max_header_bytes=100)
+    with pytest.raises(ValueError, match="header would take"):
+        write(tmp_path / "x", {"a": torch.ones(1)}, note="x" * MAX_HEADER_BYTES)
+    with pytest.raises(ValueError, match="262145 tensors are more than"):
+        write(tmp_path / "x", dict.fromkeys(map(str, range(MAX_TENSORS + 1)), torch.ones(1)))
 
 
 def joined(header: bytes, data: bytes) -> bytes:
@@ -102,68 +105,31 @@ def refused(path: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', "'a' stands twice"),
-        ('{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "stands twice"),
-        ('{"__metadata__":{"k":"1","k":"2"}}', "'k' stands twice"),
-        ('{"__metadata__":{"k":1}}', "not an object of strings"),
-        ('{"__metadata__":{"k":"\\ud800"}}', "surrogate"),
-        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":0}}', "entry of 'a'"),
-        ('{"a":{"dtype":"F32","shape":[1]}}', "entry of 'a'"),
-        ('{"a":[]}', "entry of 'a'"),
-        ('{"a":{"dtype":"Q4","shape":[1],"data_offsets":[0,4]}}', "has the type 'Q4'"),
-        ('{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', "has the type"),
-        ('{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', "shape of 'a'"),
-        ('{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "shape of 'a'"),
-        ('{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}', "shape of 'a'"),
-        ('{"a":{"dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,4]}}', "shape of"),
-        (
-            '{"a":{"dtype":"F32","shape":[4294967296,4294967296,0],"data_offsets":[0,0]}}',
-            "overflows",
-        ),
-        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,8]}}', "not two positions"),
-        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', "takes 4 bytes"),
-        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "takes 8 bytes"),
-        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}', "hole or an overlap"),
-        (
-            '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-            '"b":{"dtype":"U8","shape":[1],"data_offsets":[3,4]}}',
-            "hole or an overlap before 'b'",
-        ),
-        ("{}", "bytes where its header wants"),
-        ('{"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "no name"),
-        ('{"a\\u0000":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "no name"),
-        ('{"a\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "no name"),
-        (' {"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "does not start with {"),
-        ("{" + '"a":{' * 5000, "recursion"),
-        ('{"a":NaN}', "NaN is no number"),
-        ('{"a":', "Expecting value"),
+        ('{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "twice"),
+        ('{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', "a is F4, which torch"),
+        ("{}", "bytes"),
     ],
 )
 def test_hostile_headers(tmp_path: Path, header: str, message: str) -> None:
+    """The core refuses them, whose tests have the others."""
     refused(tmp_path / "x", joined(header.encode(), b"1234"), message)
 
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    refused(path, b"", "it has 0 bytes")
-    refused(path, b"version https://git-lfs.github.com/spec/v1\n", "claims")
-    refused(path, b"\xff" * 40, "claims")
-    refused(path, struct.pack("<Q", 100) + b"{}", "claims 100 bytes of a file of 10")
-    refused(path, joined(b'{"\xff":1}', b""), "utf-8")
+    refused(path, b"", "bytes")
+    refused(path, b"version https://git-lfs.github.com/spec/v1\n", "LFS pointer")
+    refused(path, b"\xff" * 40, "header")
+    refused(path, struct.pack("<Q", 100) + b"{}", "100")
+    refused(path, joined(b'{"\xff":1}', b""), "utf-8|UTF-8")
     with pytest.raises(FileNotFoundError):
         TensorFile(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match=r"not a .*file"):
         TensorFile(tmp_path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "fifo")
-        with pytest.raises(CheckpointError, match="is not a file"):
+        with pytest.raises(CheckpointError, match=r"not a .*file"):
             TensorFile(tmp_path / "fifo")
-
-
-def test_the_length_of_a_header_is_bounded_before_it_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "x", {"a": torch.ones(3)})
-    with pytest.raises(CheckpointError, match="and 10 are allowed"):
-        TensorFile(path, max_header_bytes=10)
 
 
 def test_data_is_compared_with_its_checksum(tmp_path: Path) -> None:

@@ -30,13 +30,7 @@ from fourbit._core import CheckpointError
 from fourbit.files import replace_file
 from fourbit.optim.adamw import PagedAdamW
 from fourbit.optim.sharded import is_distributed
-from fourbit.tensor_file import (
-    MAX_HEADER_BYTES,
-    TensorFile,
-    is_name,
-    strict_json,
-    write_tensors,
-)
+from fourbit.tensor_file import TensorFile, strict_json, write_tensors
 
 FORMAT_VERSION = 1
 _OPTIONS = "fourbit.optimizer"
@@ -90,11 +84,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | os.PathLike[str
         "skipped_updates": optimizer.skipped_updates,
     }
     metadata = {_OPTIONS: json.dumps(options, ensure_ascii=False)}
-    limit = _header_limit(len(labels))
     # A link stays one: the file it names is replaced.
     replace_file(
         Path(os.path.realpath(path)),
-        lambda file: write_tensors(file, tensors, metadata, max_header_bytes=limit),
+        lambda file: write_tensors(file, tensors, metadata),
     )
 
 
@@ -116,8 +109,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: str | os.PathLike[str
             or of another shape. The optimizer is as it was then.
     """
     optimizer = unwrapped(optimizer)
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    with TensorFile(path, max_header_bytes=_header_limit(count)) as file:
+    with TensorFile(path) as file:
         options = _options(file)
         groups = [_decoded(group, file) for group in options["param_groups"]]
         labels = _labels(groups)
@@ -145,22 +137,24 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> PagedAdamW:
     return own
 
 
-def _header_limit(parameters: int) -> int:
-    """Bytes that a header of so many parameters stays below, whatever their names and shapes."""
-    return min(MAX_HEADER_BYTES, (1 << 20) + (parameters << 16))
-
-
 def _labels(groups: list[dict[str, Any]]) -> dict[int, str]:
     """What stands for each parameter in the names of tensors, by index."""
     indices = [index for group in groups for index in group["params"]]
     names = [name for group in groups for name in group.get("param_names") or ()]
     if (
         len(names) == len(indices)
-        and all(is_name(name) and len(name.encode()) <= _MAX_LABEL_BYTES for name in names)
+        and all(_is_label(name) for name in names)
         and len(set(names)) == len(names)
     ):
         return dict(zip(indices, names, strict=True))
     return {index: str(index) for index in indices}
+
+
+def _is_label(name: object) -> bool:
+    """Whether a parameter's name may be part of a tensor's."""
+    if not isinstance(name, str) or not name or not name.isprintable():
+        return False
+    return len(name.encode()) <= _MAX_LABEL_BYTES
 
 
 # --- writing --------------------------------------------------------------------------------------
