@@ -46,6 +46,20 @@ def _card_is_done(request):
         torch.cuda.synchronize()
 
 
+@pytest.fixture(params=[pytest.param("card", marks=pytest.mark.cuda), "emulated"])
+def place(request, monkeypatch):
+    """Where a paged optimizer is tested: on the card, and on the recording card."""
+    import emulate
+    from places import Place
+
+    if request.param == "emulated" and emulate.unavailable():
+        pytest.skip(emulate.unavailable())
+    found = Place(request.param, monkeypatch)
+    yield found
+    if found.fake is not None:
+        found.fake.finish()
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A seeded source of random numbers."""
