@@ -52,8 +52,11 @@ def place(request, monkeypatch):
     import emulate
     from places import Place
 
-    if request.param == "emulated" and emulate.unavailable():
-        pytest.skip(emulate.unavailable())
+    if request.param == "emulated":
+        if emulate.unavailable():
+            pytest.skip(emulate.unavailable())
+    elif "unified" in request.node.callspec.params.values() and not _core.card_can_page(0):
+        pytest.skip("the card and the processor share no memory")
     found = Place(request.param, monkeypatch)
     yield found
     if found.fake is not None:
