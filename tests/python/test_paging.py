@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fake_card import FakeCard
 from fourbit import CudaError
 from fourbit.optim.paging import pages, unified
+from fourbit.optim.paging.card import Allocations, TorchCard
 from fourbit.optim.paging.pager import choices
 from fourbit.optim.paging.pages import Pages, Wanted
 from fourbit.optim.paging.pinned import BUFFERS, PinnedPager
@@ -484,6 +485,26 @@ def test_without_torchs_figures_every_step_brings_all_pages():
     stepper.step()
     assert stepper.pager.counters.paged_steps == 2
     stepper.check()
+
+
+def test_allocators_of_torch_that_count_nothing(monkeypatch):
+    """What each of them says of a card on which there are parameters."""
+    card = TorchCard(torch.device("cuda", 0))
+
+    def statistics(calls):
+        return {"reserved_bytes": {"all": {"current": 20, "peak": 30}}, "num_device_alloc": calls}
+
+    def said(answer):
+        monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", answer)
+        return card.allocations()
+
+    def refuses(device):
+        raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats.")
+
+    assert said(lambda device: statistics(2)) == Allocations(2, 20, 30)
+    assert said(lambda device: statistics(0)) is None, "cudaMallocAsync, or no caching"
+    assert said(lambda device: {}) is None
+    assert said(refuses) is None
 
 
 def test_pinned_pages_use_a_few_buffers_of_the_card_and_only_in_a_step():
