@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fourbit.optim import PagedAdamW, PagingReport
+if TYPE_CHECKING:  # torch, which ``--help`` does not wait for
+    from fourbit.optim import PagedAdamW, PagingReport
 
 
 def is_paged(report: PagingReport) -> bool:
