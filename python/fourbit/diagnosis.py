@@ -66,11 +66,12 @@ def doctor() -> Diagnosis:
     """
     versions = [_fourbit(), _torch()]
     driver = list(_driver())
+    paging = [_paging(number) for number in _usable_cards()]
     compiler = [_nvrtc(), *_cache()]
     optional = [_package(name) for name in _PACKAGES]
     needed = [versions[1], *driver, compiler[0]]
     return Diagnosis(
-        findings=(*versions, *driver, *compiler, *optional),
+        findings=(*versions, *driver, *paging, *compiler, *optional),
         cuda_works=all(finding.status == "ok" for finding in needed),
     )
 
@@ -143,6 +144,37 @@ def _driver() -> Iterator[Finding]:
             yield Finding(f"GPU {number}", "broken", what, advice)
         else:
             yield Finding(f"GPU {number}", "ok", what)
+
+
+def _usable_cards() -> list[int]:
+    """The numbers of the cards that the kernels run on."""
+    try:
+        cards = _core.cuda_devices()
+    except CudaError:
+        return []
+    return [number for number, card in enumerate(cards) if card[2] >= _core.OLDEST_CAPABILITY]
+
+
+def _paging(number: int) -> Finding:
+    """Which pager state gets on a card; the other kernels work whatever the answer is."""
+    subject = f"GPU {number} paging"
+    try:
+        shares = _core.card_can_page(number)
+    except CudaError as error:
+        return Finding(
+            subject,
+            "unknown",
+            str(error),
+            'until the driver answers, use PagedAdamW(..., pager="resident")',
+        )
+    if shares:
+        found = 'it shares memory with the processor; pager "auto" takes "unified"'
+    else:
+        found = (
+            'it shares no memory with the processor, as with Windows and WSL; pager "auto" takes '
+            '"pinned"'
+        )
+    return Finding(subject, "ok", found)
 
 
 def _nvrtc() -> Finding:

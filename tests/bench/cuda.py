@@ -25,7 +25,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path[:] = [str(FOLDER / "lib"), *(p for p in sys.path if Path(p).resolve() != FOLDER)]
 
-SECTIONS = ("codes", "products", "training", "optimizers", "decode", "step", "routes")
+SECTIONS = ("codes", "products", "training", "optimizers", "paging", "decode", "step", "routes")
 
 
 def main() -> int:
@@ -48,6 +48,7 @@ def main() -> int:
         codes,
         decode,
         optimizers,
+        paging,
         products,
         report,
         routes,
@@ -62,6 +63,7 @@ def main() -> int:
         "products": products,
         "training": training,
         "optimizers": optimizers,
+        "paging": paging,
         "decode": decode,
         "step": step,
         "routes": routes,

@@ -46,6 +46,23 @@ def _card_is_done(request):
         torch.cuda.synchronize()
 
 
+@pytest.fixture(params=[pytest.param("card", marks=pytest.mark.cuda), "emulated"])
+def place(request, monkeypatch):
+    """Where a paged optimizer is tested: on the card, and on the recording card."""
+    import emulate
+    from places import Place
+
+    if request.param == "emulated":
+        if emulate.unavailable():
+            pytest.skip(emulate.unavailable())
+    elif "unified" in request.node.callspec.params.values() and not _core.card_can_page(0):
+        pytest.skip("the card and the processor share no memory")
+    found = Place(request.param, monkeypatch)
+    yield found
+    if found.fake is not None:
+        found.fake.finish()
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A seeded source of random numbers."""

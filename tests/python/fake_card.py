@@ -6,7 +6,9 @@ order, not there yet: staging memory holds garbage until a copy has arrived and 
 left, and of managed memory the card knows which pieces are on it.
 
 The driver's part of managed memory is modelled: a capacity, shared with torch's own memory; a
-piece that is wanted on the card drives out the one that was wanted longest ago.
+piece that is wanted on the card drives out the one that was wanted longest ago. The room of a piece
+that was sent home stays its own, and is not free, until somebody needs it: so does NVIDIA's driver
+(``uvm_pmm_gpu.h`` of its open kernel modules, "unused" root chunks), unless a test wants another.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class FakeCard:
     Args:
         capacity: bytes of memory.
         shares: whether it can do managed memory.
+        keeps: whether pieces that were sent home keep their room while nobody needs it.
         seed: of the order in which work is done.
         eager: how much work is done as soon as it may be: 0 none, 1 all.
     """
@@ -77,6 +80,7 @@ class FakeCard:
         capacity: int = 2**40,
         *,
         shares: bool = True,
+        keeps: bool = True,
         seed: int = 0,
         eager: float = 0.3,
         device: str = "cpu",
@@ -84,6 +88,7 @@ class FakeCard:
         self.device = torch.device(device)
         self.capacity = capacity
         self.shares = shares
+        self.keeps = keeps
         self.eager = eager
         self.random = random.Random(seed)
         self.main = FakeStream("main")
@@ -96,6 +101,8 @@ class FakeCard:
         self.live: dict[int, int] = {}
         self.memories: dict[int, weakref.ref[FakeMemory]] = {}
         self.present: dict[tuple[int, int], None] = {}
+        # Those that are at home and have room on the card all the same.
+        self.kept: dict[tuple[int, int], None] = {}
         self.torch = Allocations(1, 0, 0)
         # Of the driver's own doing: pieces that it drove out, and that a launch found missing.
         self.evictions = 0
@@ -114,6 +121,7 @@ class FakeCard:
     def freed(self, number: int) -> None:
         del self.live[number], self.memories[number]
         self.present = {piece: None for piece in self.present if piece[0] != number}
+        self.kept = {piece: None for piece in self.kept if piece[0] != number}
 
     def find(self, address: int) -> FakeMemory | None:
         """The driver's memory that an address lies in."""
@@ -133,7 +141,8 @@ class FakeCard:
 
     def free_bytes(self) -> int:
         self.calls.append("free_bytes")
-        return self.capacity - self.torch.reserved - len(self.present) * pages.GRANULE
+        pieces = len(self.present) + len(self.kept)
+        return self.capacity - self.torch.reserved - pieces * pages.GRANULE
 
     def allocations(self) -> Allocations | None:
         return self.torch
@@ -151,14 +160,24 @@ class FakeCard:
 
     def _make_room(self) -> None:
         room = max(0, self.capacity - self.torch.reserved)
-        while len(self.present) * pages.GRANULE > room:
+        while (len(self.present) + len(self.kept)) * pages.GRANULE > room:
+            if self.kept:
+                del self.kept[next(iter(self.kept))]
+                continue
             del self.present[next(iter(self.present))]
             self.evictions += 1
 
     def managed(self, size: int) -> FakeMemory:
         self._check_allocation("managed", size)
         memory = FakeMemory(self, "managed", size)
-        self._want(memory, 0, size)
+        reference = weakref.ref(memory)
+
+        def written() -> None:
+            if (found := reference()) is not None:
+                self._want(found, 0, size)
+
+        # It is nowhere until it is written, which a kernel does next.
+        self.put(self.main, "do", written)
         return memory
 
     def page_locked(self, size: int) -> FakeMemory:
@@ -275,6 +294,7 @@ class FakeCard:
             if piece not in self.present:
                 self.bytes_moved["in"] += pages.GRANULE
             self.present.pop(piece, None)
+            self.kept.pop(piece, None)
             self.present[piece] = None
             self._make_room()
 
@@ -283,6 +303,8 @@ class FakeCard:
             if piece in self.present:
                 del self.present[piece]
                 self.bytes_moved["out"] += pages.GRANULE
+                if self.keeps:
+                    self.kept[piece] = None
 
     def touch(self, address: int, size: int) -> None:
         """A launch uses memory; it counts pieces of managed memory that are not there."""

@@ -11,10 +11,12 @@ out, and torch's caching of memory, behind which an access out of bounds would h
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck --target-processes all \\
-        python -m pytest -m cuda -k "not 2_31 and not graph and not capture"
+        python -m pytest -m cuda -k "not 2_31 and not graph and not capture and not spike"
     compute-sanitizer --tool racecheck python -m pytest -m cuda tests/python/test_cuda_products.py
 
 (Graphs need torch's caching; run ``-k "graph or capture"`` without that variable.)
+
+What paging finds out about a driver, the tests record: ``--junitxml=FILE`` keeps it.
 
 Truth never comes from the card: it is the bytes of the Rust core, ``reference.py``, float64 on the
 CPU, ``torch.optim``, or bitsandbytes where it is installed.

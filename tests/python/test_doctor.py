@@ -1,6 +1,8 @@
 """``fourbit doctor``, on machines with and without a GPU."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fourbit
+from fake_cards import on_fake_cards
 from fourbit import _core, diagnosis, nvrtc
 from fourbit.cli.app import app
 
@@ -24,9 +27,10 @@ def without_driver(monkeypatch):
     monkeypatch.setattr(_core, "cuda_devices", missing)
 
 
-def with_cards(monkeypatch, cards, version=(13, 2)):
+def with_cards(monkeypatch, cards, version=(13, 2), *, shares=True):
     monkeypatch.setattr(_core, "cuda_driver_version", lambda: version)
     monkeypatch.setattr(_core, "cuda_devices", lambda: cards)
+    monkeypatch.setattr(_core, "card_can_page", lambda number: shares)
     monkeypatch.setattr(nvrtc, "torch_cuda", lambda: "13.2")
     nothing_wrong = diagnosis.Finding("NVRTC", "ok", "13.2")
     monkeypatch.setattr(diagnosis, "_nvrtc", lambda: nothing_wrong)
@@ -67,6 +71,57 @@ def test_with_a_card_that_is_too_old(monkeypatch):
     assert not result.cuda_works
     assert by_subject(result)["GPU 0"].status == "broken"
     assert "need 7.5 or later" in by_subject(result)["GPU 0"].advice
+
+
+H100 = ("NVIDIA H100 80GB HBM3", 80 << 30, 90, 132)
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [(True, 'it shares memory .* "auto" takes "unified"'), (False, 'no memory .* takes "pinned"')],
+)
+def test_which_pager_a_card_gets(monkeypatch, shares, said):
+    with_cards(monkeypatch, [H100, ("Tesla V100", 16 << 30, 70, 80), H100], shares=shares)
+    found = by_subject(fourbit.doctor())
+    for number in (0, 2):
+        assert found[f"GPU {number} paging"].status == "ok"
+        assert re.search(said, found[f"GPU {number} paging"].found)
+    assert "GPU 1 paging" not in found, "no kernel runs there"
+
+
+def test_a_card_that_does_not_say_whether_it_shares_memory(monkeypatch):
+    def fails(number):
+        raise _core.CudaError("cuDeviceGetAttribute failed")
+
+    with_cards(monkeypatch, [H100])
+    monkeypatch.setattr(_core, "card_can_page", fails)
+    result = fourbit.doctor()
+    assert result.cuda_works, "the kernels need no pager"
+    paging = by_subject(result)["GPU 0 paging"]
+    assert (paging.status, paging.found) == ("unknown", "cuDeviceGetAttribute failed")
+    assert 'pager="resident"' in paging.advice
+
+
+@on_fake_cards(devices=2)
+def test_the_driver_is_asked_for_each_card(core, driver):
+    for concurrent, pager in ((1, "unified"), (0, "pinned")):
+        os.environ["FAKE_CUDA_CONCURRENT"] = str(concurrent)
+        found = by_subject(diagnosis.doctor())
+        for number in range(2):
+            assert f'takes "{pager}"' in found[f"GPU {number} paging"].found
+    driver.fail("cuDeviceGetAttribute", call=driver_calls_of_devices(core, driver) + 1)
+    found = by_subject(diagnosis.doctor())
+    assert "cuDeviceGetAttribute failed" in found["GPU 0 paging"].found
+    assert 'takes "pinned"' in found["GPU 1 paging"].found
+    assert driver.calls("cuDevicePrimaryCtxRetain") == 0, "a question makes no context"
+
+
+def driver_calls_of_devices(core, driver):
+    """How often the driver is asked for attributes before it is asked whether cards can page."""
+    before = driver.calls("cuDeviceGetAttribute")
+    core.cuda_devices()
+    # The cards are listed, and listed again for those that can be used.
+    return 2 * (driver.calls("cuDeviceGetAttribute") - before)
 
 
 def test_with_a_driver_that_is_too_old(monkeypatch):

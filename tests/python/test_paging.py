@@ -1,14 +1,13 @@
 """The pagers on a recording card: nothing is stepped before it has arrived, nothing is lost.
 
 The launches here add one to every element of both moments, after a look that they hold what they
-should; `test_optim_paging.py` has the optimizer's own.
+should; `test_optim_cuda_emulated.py` has the optimizer's own, and
+`test_paging_unified.py` what the pager of managed memory knows.
 """
 
-import ctypes
 import gc
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,84 +15,23 @@ from hypothesis import strategies as st
 
 from fake_card import FakeCard
 from fourbit import CudaError
-from fourbit.optim.paging import pages, unified
 from fourbit.optim.paging.pager import choices
-from fourbit.optim.paging.pages import Pages, Wanted
+from fourbit.optim.paging.pages import Pages
 from fourbit.optim.paging.pinned import BUFFERS, PinnedPager
 from fourbit.optim.paging.resident import ResidentPager
 from fourbit.optim.paging.schedule import schedule
 from fourbit.optim.paging.unified import UnifiedPager
-
-PAGE, GRANULE = 8192, 1024
-RESERVE = 2 * GRANULE
+from paging_steps import GRANULE, PAGE, RESERVE, Stepper, calm, small_pages, wanted_of
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_pages():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "PAGE_BYTES", PAGE)
-        patch.setattr(pages, "GRANULE", GRANULE)
-        patch.setattr(unified, "GRANULE", GRANULE)
-        patch.setattr(unified, "RESERVE", RESERVE)
-        patch.setattr(unified, "LEAST_ROOM", 3 * PAGE)
+    with small_pages():
         yield
 
 
 PAGERS = {"unified": UnifiedPager, "pinned": PinnedPager}
 sizes = st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=12)
-
-
-def wanted_of(elements, dtype=torch.uint8):
-    return [Wanted(torch.empty(count), dtype) for count in elements]
-
-
-def held_by(address: int, size: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=np.uint8)
-
-
-class Stepper:
-    """What a pager serves: moments of uint8, each step of which adds one."""
-
-    def __init__(self, card, pager, elements):
-        self.card, self.pager = card, pager
-        self.wanted = wanted_of(elements)
-        made = pager.add(self.wanted)
-        self.moments = {one.param: pair for one, pair in zip(self.wanted, made, strict=True)}
-        self.steps = {one.param: 0 for one in self.wanted}
-
-    def step(self, params=None):
-        params = list(self.moments) if params is None else params
-        round_ = self.pager.begin({param: self.moments[param] for param in params})
-        elements = dict.fromkeys(params, 0)
-        launched = []
-
-        def launch(index):
-            launched.append(index)
-            self.card.put(self.card.main, "do", lambda: run(index))
-
-        def run(index):
-            for param, start, stop, addresses in round_.visits[index]:
-                elements[param] += stop - start
-                for address in addresses:
-                    self.card.touch(address, stop - start)
-                    memory = held_by(address, stop - start)
-                    assert (memory == self.steps[param] % 256).all(), "not arrived, or lost"
-                    memory += np.uint8(1)
-
-        round_.run(launch)
-        self.card.read(torch.zeros(1))
-        round_.finish()
-        assert launched == list(range(len(round_.visits)))
-        assert elements == {param: param.numel() for param in params}
-        for param in params:
-            self.steps[param] += 1
-
-    def check(self):
-        """What people see between steps, whatever is still under way."""
-        for param, pair in self.moments.items():
-            for moment in pair:
-                assert moment.shape == param.shape
-                assert (moment == self.steps[param] % 256).all()
 
 
 # --- the schedule: arithmetic -----------------------------------------------------------------
@@ -235,7 +173,8 @@ def test_memory_outlives_its_pages_while_a_tensor_uses_it():
 def test_nothing_is_stepped_before_it_has_arrived_and_nothing_is_lost(data, pager):
     """Random parameters, steps of some of them, spikes, and orders of the streams."""
     seed, eager = data.draw(st.integers(0, 2**32)), data.draw(st.sampled_from([0, 0.3, 0.9]))
-    card = FakeCard(data.draw(st.integers(6, 40)) * PAGE, seed=seed, eager=eager)
+    keeps = data.draw(st.booleans())
+    card = FakeCard(data.draw(st.integers(6, 40)) * PAGE, seed=seed, eager=eager, keeps=keeps)
     stepper = Stepper(card, PAGERS[pager](card), data.draw(sizes))
     params = list(stepper.moments)
     for _ in range(data.draw(st.integers(1, 6))):
@@ -255,11 +194,17 @@ def test_nothing_is_stepped_before_it_has_arrived_and_nothing_is_lost(data, page
 
 
 @settings(max_examples=60, deadline=None)
-@given(elements=sizes, seed=st.integers(0, 2**32), held=st.integers(0, 10 * PAGE))
-def test_a_step_finds_its_pages_and_the_driver_evicts_nothing(elements, seed, held):
+@given(
+    elements=sizes,
+    seed=st.integers(0, 2**32),
+    held=st.integers(0, 10 * PAGE),
+    keeps=st.booleans(),
+)
+def test_a_step_finds_its_pages_and_the_driver_evicts_nothing(elements, seed, held, keeps):
     """Once it knows where they are, whatever part of them fits; room is left for the next page."""
     total = sum(2 * -(-count // 512) * 512 + 2 * GRANULE for count in elements)
-    card = FakeCard(held + 4 * PAGE + RESERVE + GRANULE * len(elements) * 2, seed=seed)
+    capacity = held + 4 * PAGE + RESERVE + GRANULE * len(elements) * 2
+    card = FakeCard(capacity, seed=seed, keeps=keeps)
     card.allocate_plainly(held)
     stepper = Stepper(card, UnifiedPager(card), elements)
     stepper.step()
@@ -277,30 +222,6 @@ def test_a_step_finds_its_pages_and_the_driver_evicts_nothing(elements, seed, he
     stepper.check()
 
 
-def calm(pager=UnifiedPager, capacity=100 * PAGE, elements=(PAGE, 3 * PAGE, 100)):
-    """After two steps: everything is where it is stepped."""
-    card = FakeCard(capacity)
-    stepper = Stepper(card, pager(card), elements)
-    stepper.step()
-    stepper.step()
-    card.finish()
-    card.calls.clear()
-    return card, stepper
-
-
-def test_when_all_fits_a_step_is_one_launch_and_asks_the_driver_nothing():
-    card, stepper = calm()
-    launches = stepper.pager.begin(stepper.moments).visits
-    assert len(launches) == 1
-    waits = card.waits
-    for _ in range(unified.LOOK_EVERY // 2):
-        stepper.step()
-    assert card.calls == []
-    assert card.waits - waits == unified.LOOK_EVERY // 2, "each step waits once"
-    assert stepper.pager.counters.bytes_in == 0
-    assert stepper.pager.resident_bytes == stepper.pager.nbytes
-
-
 def test_a_step_waits_for_the_card_once_however_many_pages_move():
     for pager in PAGERS.values():
         card, stepper = calm(pager, capacity=5 * PAGE, elements=[PAGE // 2] * 30)
@@ -309,141 +230,6 @@ def test_a_step_waits_for_the_card_once_however_many_pages_move():
         assert card.waits == before + 1
         assert stepper.pager.counters.paged_steps == 3
         assert stepper.pager.counters.seconds_waiting > 0
-
-
-def test_a_spike_drives_pages_out_and_the_next_step_brings_them_back():
-    card, stepper = calm()
-    card.allocate_plainly(card.capacity)
-    assert card.evictions > 0
-    card.free_plainly(card.capacity)
-    card.faults = 0
-    stepper.step()
-    card.finish()
-    assert card.faults == 0
-    counters = stepper.pager.counters
-    assert counters.paged_steps == 1
-    assert counters.bytes_in == stepper.pager.nbytes == stepper.pager.resident_bytes
-    assert counters.faults_avoided == sum(-(-p.nbytes // GRANULE) for p in stepper.pager._pages.all)
-    stepper.step()
-    assert counters.paged_steps == 1
-    stepper.check()
-
-
-def test_torch_asking_for_memory_changes_nothing_while_enough_is_free():
-    card, stepper = calm()
-    card.allocate_plainly(10 * PAGE)
-    stepper.step()
-    assert stepper.pager.counters.paged_steps == 0
-    assert card.calls == ["free_bytes"]
-
-
-def test_a_spike_is_noticed_though_the_peak_was_set_back():
-    card, stepper = calm()
-    card.allocate_plainly(card.capacity // 2)
-    stepper.step()
-    card.free_plainly(card.capacity // 2)
-    card.allocate_plainly(card.capacity)
-    card.free_plainly(card.capacity)
-    card.torch = card.torch._replace(peak=0)
-    card.faults = 0
-    stepper.step()
-    assert card.faults == 0
-
-
-def test_pages_come_back_that_others_drove_out():
-    """Another process took memory: torch knows nothing of it, and pages are looked after anyway."""
-    card, stepper = calm()
-    card.present.clear()
-    for _ in range(unified.LOOK_EVERY):
-        stepper.step()
-    card.finish()
-    card.faults = 0
-    stepper.step()
-    assert card.faults == 0
-
-
-def test_paged_out_and_in():
-    card, stepper = calm()
-    total = stepper.pager.nbytes
-    waits = card.waits
-    stepper.pager.page_out()
-    assert card.waits == waits + 1
-    assert not card.present
-    assert (stepper.pager.resident_bytes, stepper.pager.counters.bytes_out) == (0, total)
-    stepper.check()
-    card.allocate_plainly(card.capacity - 3 * PAGE - RESERVE // 2)
-    assert card.evictions == 0
-    waits = card.waits
-    stepper.pager.page_in()
-    assert card.waits == waits
-    assert stepper.pager.resident_bytes == 2 * PAGE
-    card.finish()
-    assert card.evictions == 0
-    assert card.free_bytes() >= RESERVE
-    card.free_plainly(card.torch.reserved)
-    stepper.pager.page_in()
-    stepper.pager.page_in()
-    assert stepper.pager.resident_bytes == total
-    assert stepper.pager.counters.bytes_in == total
-    stepper.step()
-    assert stepper.pager.counters.paged_steps == 0
-    stepper.check()
-
-
-def test_page_out_does_not_overtake_what_is_still_to_run():
-    """A copy of the state, say, that torch has put into its stream."""
-    card, stepper = calm()
-    card.faults, card.eager = 0, 0
-    for pair in stepper.moments.values():
-        card.put(card.main, "do", lambda pair=pair: card.touch(pair[0].data_ptr(), 100))
-    stepper.pager.page_out()
-    card.finish()
-    assert card.faults == 0
-    assert not card.present
-
-
-@pytest.mark.parametrize("fits", [4, 10, 15])
-def test_a_step_moves_only_what_does_not_fit(fits):
-    """Twenty pages, of which so many fit: the others come, and as many leave, in each step."""
-    card = FakeCard(fits * PAGE + RESERVE)
-    stepper = Stepper(card, UnifiedPager(card), [PAGE // 2] * 20)
-    for _ in range(3):
-        stepper.step()
-    card.finish()
-    for _ in range(3):
-        before = card.bytes_moved.copy()
-        counted = stepper.pager.counters.bytes_in, stepper.pager.counters.bytes_out
-        stepper.step()
-        card.finish()
-        moved = [card.bytes_moved[way] - before[way] for way in ("in", "out")]
-        assert moved == [(20 - fits) * PAGE] * 2
-        assert stepper.pager.counters.bytes_in - counted[0] == moved[0]
-        assert stepper.pager.counters.bytes_out - counted[1] == moved[1]
-
-
-def test_on_a_full_card_a_page_comes_while_the_one_before_is_stepped():
-    card = FakeCard(10 * PAGE)
-    stepper = Stepper(card, UnifiedPager(card), [PAGE // 2] * 8)
-    card.allocate_plainly(10 * PAGE)
-    stepper.step()
-    visits = stepper.pager.begin(stepper.moments)._plan
-    for before, visit in itertools.pairwise(visits):
-        assert before.page not in visit.leaving
-
-
-def test_new_pages_may_drive_others_out():
-    card = FakeCard(6 * PAGE)
-    stepper = Stepper(card, UnifiedPager(card), [PAGE // 2] * 4)
-    stepper.step()
-    added = wanted_of([PAGE // 2] * 4)
-    made = stepper.pager.add(added)
-    assert card.evictions > 0
-    for one, pair in zip(added, made, strict=True):
-        stepper.moments[one.param], stepper.steps[one.param] = pair, 0
-    card.faults = 0
-    stepper.step()
-    assert card.faults == 0
-    stepper.check()
 
 
 def test_a_pager_lets_go_of_what_is_not_kept():
@@ -460,30 +246,6 @@ def test_a_pager_lets_go_of_what_is_not_kept():
         stepper.moments.clear()
         gc.collect()
         assert card.live == {}
-
-
-def test_a_card_without_room_is_used_where_the_pages_are():
-    """The driver refuses to bring pages: nothing is wrong, and the next step asks again."""
-    card, stepper = calm()
-    stepper.pager.page_out()
-    card.refuse_prefetch = True
-    stepper.pager.page_in()
-    stepper.step()
-    assert stepper.pager.resident_bytes == 0
-    assert stepper.pager.counters.bytes_in == 0
-    card.refuse_prefetch = False
-    stepper.step()
-    assert stepper.pager.resident_bytes == stepper.pager.nbytes
-    stepper.check()
-
-
-def test_without_torchs_figures_every_step_brings_all_pages():
-    card, stepper = calm()
-    card.allocations = lambda: None
-    stepper.step()
-    stepper.step()
-    assert stepper.pager.counters.paged_steps == 2
-    stepper.check()
 
 
 def test_pinned_pages_use_a_few_buffers_of_the_card_and_only_in_a_step():

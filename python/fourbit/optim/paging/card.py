@@ -169,14 +169,21 @@ class TorchCard:
         return _core.card_free_memory(self.device.index)[0]
 
     def allocations(self) -> Allocations | None:
-        """As `Card`. Torch's caching allocator counts; cudaMallocAsync does not."""
-        statistics = torch.cuda.memory_stats_as_nested_dict(self.device)
+        """As `Card`. Torch's own allocator counts what it asks for, and no other does.
+
+        There are cudaMallocAsync, allocators that are plugged in, which refuse the question, and
+        none, with PYTORCH_NO_CUDA_MEMORY_CACHING.
+        """
         try:
+            statistics = torch.cuda.memory_stats_as_nested_dict(self.device)
             reserved = statistics["reserved_bytes"]["all"]
-            calls = statistics["num_device_alloc"]
-            return Allocations(int(calls), int(reserved["current"]), int(reserved["peak"]))
-        except KeyError:
+            calls = int(statistics["num_device_alloc"])
+        except (KeyError, RuntimeError):
             return None
+        # Parameters are there, so that somebody asked.
+        return (
+            Allocations(calls, int(reserved["current"]), int(reserved["peak"])) if calls else None
+        )
 
     def managed(self, size: int) -> Memory:
         """As `Card`."""

@@ -15,6 +15,11 @@ done so
 
 Then a step in which all pages are there is one launch, as without paging. Otherwise no page is
 taken to be there, and all are prefetched; for those that are, that is a short call.
+
+How much room pages have is not what the driver calls free, either. The room of a page that is given
+back stays its own until somebody needs it, so it is not free, and yet no page has to leave for the
+next that comes. What pages have is found by difference: before the first there was so much free,
+and since then torch has taken so much.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from collections.abc import Callable, Container, Sequence
 
 from torch import Tensor
 
-from fourbit.optim.paging.card import Allocations, Card, Stream
+from fourbit.optim.paging.card import Allocations, Card, Event, Stream
 from fourbit.optim.paging.pages import GRANULE, PAGE_BYTES, Moments, Page, Pages, Span, Wanted
 from fourbit.optim.paging.report import Counters
 from fourbit.optim.paging.round import Piece, Round, Streams, Waits, chosen, run_visits, seconds
@@ -50,6 +55,10 @@ class UnifiedPager:
         self._streams: Streams | None = None
         # Pages that are on the card, as far as is known.
         self._present: set[Page] = set()
+        # What torch and pages have of the card, and what is free: together.
+        self._shared: int | None = None
+        # When the pages have come that were brought between steps.
+        self._arrival: Event | None = None
         self._seen: Allocations | None = None
         self._steps_since_look = 0
         self.counters = Counters()
@@ -71,8 +80,14 @@ class UnifiedPager:
 
     def add(self, wanted: Sequence[Wanted]) -> list[Moments]:
         """As `Pager`."""
+        if not wanted:
+            return []
+        self._look()
+        self._room()  # while it is known what older pages have
         moments, pages = self._pages.add(wanted, self._card.managed)
-        # The card wrote their zeros. If it had no room, the look before the next step finds out.
+        # The card writes their zeros. If it has no room, the look before the next step finds out,
+        # which takes that they are written.
+        self._card.synchronize(self._card.current_stream())
         self._present.update(pages)
         self._seen = None
         return moments
@@ -89,6 +104,13 @@ class UnifiedPager:
     def begin(self, moments: dict[Tensor, Moments]) -> Round:
         """As `Pager`."""
         self._look()
+        round_ = self._round(moments)
+        if self._arrival is not None:
+            self._card.wait(self._card.current_stream(), self._arrival)
+            self._arrival = None
+        return round_
+
+    def _round(self, moments: dict[Tensor, Moments]) -> Round:
         pages = self._pages.all
         numbers, spans = chosen(pages, moments)
         pieces = {
@@ -98,13 +120,16 @@ class UnifiedPager:
         if all(pages[number] in self._present for number in numbers):
             return Round([[piece for of_page in pieces.values() for piece in of_page]])
         present = [number for number, page in enumerate(pages) if page in self._present]
-        plan, _ = schedule(numbers, [page.room for page in pages], present, self._room())
+        room = max(self._room() - RESERVE, LEAST_ROOM)
+        plan, _ = schedule(numbers, [page.room for page in pages], present, room)
         return _UnifiedRound(self, plan, [pieces[visit.page] for visit in plan])
 
     def page_out(self) -> None:
         """As `Pager`. The processor waits until it is done."""
-        _, outward = self._side_streams()
-        self._card.wait(outward, self._card.record(self._card.current_stream()))
+        inward, outward = self._side_streams()
+        for before in (self._card.current_stream(), inward):
+            self._card.wait(outward, self._card.record(before))
+        self._arrival = None
         for page in self._pages.all:
             self._give_back(page, outward)
         self._card.synchronize(outward)
@@ -112,14 +137,16 @@ class UnifiedPager:
     def page_in(self) -> None:
         """As `Pager`. The processor does not wait."""
         self._look()
-        inward, _ = self._side_streams()
-        room = self._card.free_bytes() - RESERVE
+        inward, outward = self._side_streams()
+        self._card.wait(inward, self._card.record(outward))
+        room = self._room() - RESERVE - sum(page.room for page in self._present)
         for page in self._pages.all:
             if page in self._present:
                 continue
             room -= page.room
             if room < 0 or not self._bring(page, inward):
                 break
+        self._arrival = self._card.record(inward)
 
     def _look(self) -> None:
         """Find out whether the driver may have moved pages out since they were brought."""
@@ -137,13 +164,27 @@ class UnifiedPager:
         elif self._steps_since_look >= LOOK_EVERY:
             # What others did to the card's memory shows in nothing; where they did nothing, this
             # is a few short calls.
+            inward = self._side_streams().inward
             for page in self._present:
-                self._prefetch(page, self._side_streams().inward, to_card=True)
+                self._prefetch(page, inward, to_card=True)
+            self._arrival = self._card.record(inward)
             self._steps_since_look = 0
 
     def _room(self) -> int:
-        free = self._card.free_bytes() - RESERVE
-        return max(free + sum(page.room for page in self._present), LEAST_ROOM)
+        """Bytes of the card that are free or that pages have, be they there or given back."""
+        free, torchs = self._card.free_bytes(), self._card.allocations()
+        if torchs is None:
+            return free + sum(page.room for page in self._present)
+        if self._shared is None:
+            self._shared = free + torchs.reserved
+        # What others took or gave back since is mistaken for that of pages, but where that would be
+        # more than all can have, or less than those have that are there. (Those that are coming may
+        # still be shown as free.)
+        least = 0 if self._arrival is not None else sum(page.room for page in self._present)
+        most = sum(page.room for page in self._pages.all)
+        have = min(max(self._shared - torchs.reserved - free, least), most)
+        self._shared = free + torchs.reserved + have
+        return free + have
 
     def _side_streams(self) -> Streams:
         if self._streams is None:
@@ -194,10 +235,14 @@ class _UnifiedRound(Round):
 
     def run(self, launch: Callable[[int], None]) -> None:
         pager = self._pager
-        pages = pager._pages.all
+        pages, card, streams = pager._pages.all, pager._card, pager._side_streams()
+        # What is still under way, either way, comes before what is asked for now.
+        came, left = card.record(streams.inward), card.record(streams.outward)
+        card.wait(streams.inward, left)
+        card.wait(streams.outward, came)
         self._waits = run_visits(
-            pager._card,
-            pager._side_streams(),
+            card,
+            streams,
             self._plan,
             bring=lambda number, stream: pager._bring(pages[number], stream),
             launch=launch,

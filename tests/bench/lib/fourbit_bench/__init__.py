@@ -9,6 +9,7 @@
 ``products``    products of a few and of many rows, and with the transposed weight
 ``training``    a QLoRA linear forward and backward, and what its LoRA side costs
 ``optimizers``  AdamW
+``paging``      AdamW with paged state, and what its parts cost
 ``decode``      one token through the linear layers of a model of 8 billion parameters
 ``step``        a training step of such a model, against transformers + PEFT + bitsandbytes
 ``routes``      from how many rows on another kernel is the faster one

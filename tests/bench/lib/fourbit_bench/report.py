@@ -170,7 +170,8 @@ class Row:
         floor: which rate of the card bounds it.
         amount: bytes moved, or operations.
         goals: what it shall reach.
-        remarks: further figures: name, value, and what it may be at most, or None.
+        remarks: further ratios: name, value, and what it may be at most, or None.
+        figures: what else was found, without a goal: name, value, and unit.
     """
 
     name: str
@@ -179,6 +180,7 @@ class Row:
     amount: float | None = None
     goals: Sequence[Goal] = ()
     remarks: Sequence[tuple[str, float, float | None]] = field(default=())
+    figures: Sequence[tuple[str, float, str]] = field(default=())
 
     @property
     def ours(self) -> Timing | str:
@@ -227,6 +229,7 @@ class Row:
                 for name, timing in list(self.timings.items())[1:]
             },
             "goals": self.checked(card),
+            "figures": {f"{name} [{unit.strip()}]": value for name, value, unit in self.figures},
         }
 
     def as_cells(self, card: Card) -> list[str]:
@@ -238,7 +241,7 @@ class Row:
             _cell(self.ours),
             "" if reached is None else f"{100 * reached:.0f}% of {self.floor}",
             "; ".join(f"{name} {_cell(self.timings[name], self.ratio(name))}" for name in others),
-            "; ".join(map(_verdict, self.checked(card))),
+            "; ".join([*map(_verdict, self.checked(card)), *map(_figure, self.figures)]),
         ]
 
 
@@ -270,7 +273,12 @@ def _verdict(goal: Mapping[str, Any]) -> str:
     return f"{goal['goal']}: {shown}, {word}"
 
 
+def _figure(figure: tuple[str, float, str]) -> str:
+    name, value, unit = figure
+    return f"{name}: {value:.4g}{unit}"
+
+
 def table(card: Card, rows: Iterable[Row], *, ours: str = OURS) -> str:
     """All rows; `ours` names the first call of each."""
-    columns = ["work", ours, "share", "others (their time over ours)", "goals"]
+    columns = ["work", ours, "share", "others (their time over ours)", "goals and figures"]
     return tables.markdown(columns, (row.as_cells(card) for row in rows))
