@@ -220,6 +220,46 @@ def test_state_that_somebody_replaced_is_paged_again(card, pager):
             assert not param.numel() or card.find(moment.data_ptr()) is not None
 
 
+@pytest.mark.parametrize("pager", PAGERS)
+def test_state_of_another_layout_is_put_right(card, pager):
+    """A kernel follows addresses, so none may be of a tensor that is not as it takes it."""
+    cpu, paged = oracle(), made(pager)
+    train(range(2), cpu, paged)
+    for params, optimizer in (cpu, paged):
+        narrow, strided = optimizer.state[params[6]], optimizer.state[params[1]]
+        narrow["exp_avg"] = narrow["exp_avg"].to(torch.bfloat16)
+        strided["exp_avg_sq"] = strided["exp_avg_sq"].t().contiguous().t()
+        scales = torch.stack([strided["exp_avg_absmax"]] * 2, dim=1)
+        strided["exp_avg_absmax"] = scales[:, 0]
+    train(range(2, 4), cpu, paged)
+    assert_same(paged, cpu)
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("exp_avg_absmax", torch.Tensor.double, "exp_avg_absmax of parameter 1 is torch.float64"),
+        ("exp_avg_absmax", lambda scales: scales[1:], r"exp_avg_absmax of .* has shape \[16\]"),
+        ("exp_avg_sq", torch.Tensor.float, "exp_avg_sq of parameter 1 is torch.float32"),
+    ],
+)
+def test_state_that_cannot_be_put_right_is_named(card, pager, field, change, message):
+    params, optimizer = made(pager)
+    train([0], (params, optimizer))
+    state = optimizer.state[params[1]]
+    whole, state[field] = state[field], change(state[field])
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, before, params))
+    state[field] = whole
+    expected = oracle()
+    train(range(2), expected)
+    train([1], (params, optimizer))
+    assert_same((params, optimizer), expected)
+
+
 def test_two_optimizers_on_a_full_card(card):
     cpu = [oracle(), oracle()]
     paged = [made("unified"), made("pinned")]

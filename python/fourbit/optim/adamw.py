@@ -17,7 +17,7 @@ from fourbit.optim.paging import PagerName, PagingReport, Placement
 from fourbit.optim.paging.pages import Wanted
 from fourbit.optim.restore import read_state_dict
 from fourbit.optim.sharded import is_distributed, placements, usable_everywhere
-from fourbit.optim.update import Update, run, shares_memory, update_of
+from fourbit.optim.update import Update, is_whole, run, shares_memory, update_of
 
 WARN_EVERY = 100
 """Steps with skipped tensors between two warnings of them."""
@@ -272,7 +272,8 @@ class PagedAdamW(torch.optim.Optimizer):
     def _plan(self) -> list[tuple[dict[str, Any], list[Update]]]:
         """What is to be stepped in each group: checked, with state where its pager wants it.
 
-        State that is elsewhere, as in a copied optimizer, keeps its numbers.
+        State that is elsewhere, as in a copied optimizer, or in other tensors than it should be,
+        keeps its numbers.
         """
         stepped = [
             (group, [param for param in group["params"] if param.grad is not None])
@@ -290,9 +291,10 @@ class PagedAdamW(torch.optim.Optimizer):
                 if not state:
                     wanted.append((param, state_of.bits_for(param, group["state_bits"])))
                     continue
-                updates.append(update_of(param, state))
-                if not self._placement.holds(param, updates[-1].moments):
-                    wanted.append((param, updates[-1].bits))
+                update = update_of(param, state)
+                updates.append(update)
+                if not (is_whole(update) and self._placement.holds(param, update.moments)):
+                    wanted.append((param, update.bits))
             plan.append((group, updates))
         if not wanted:
             return plan
