@@ -1,7 +1,7 @@
 """The pagers on a recording card: nothing is stepped before it has arrived, nothing is lost.
 
 The launches here add one to every element of both moments, after a look that they hold what they
-should; `test_optim_paging.py` has the optimizer's own.
+should; `test_optim_cuda_emulated.py` has the optimizer's own.
 """
 
 import ctypes
@@ -61,24 +61,32 @@ class Stepper:
         self.moments = {one.param: pair for one, pair in zip(self.wanted, made, strict=True)}
         self.steps = {one.param: 0 for one in self.wanted}
 
+    def launch_of(self, round_):
+        """What puts the launch of one visit into the current stream."""
+        expected = {param: count % 256 for param, count in self.steps.items()}
+
+        def run(index):
+            for param, start, stop, addresses in round_.visits[index]:
+                for address in addresses:
+                    self.card.touch(address, stop - start)
+                    memory = held_by(address, stop - start)
+                    assert (memory == expected[param]).all(), "not arrived, or lost"
+                    memory += np.uint8(1)
+
+        return lambda index: self.card.put(self.card.main, "do", lambda: run(index))
+
     def step(self, params=None):
         params = list(self.moments) if params is None else params
         round_ = self.pager.begin({param: self.moments[param] for param in params})
         elements = dict.fromkeys(params, 0)
         launched = []
+        launch_in_full = self.launch_of(round_)
 
         def launch(index):
             launched.append(index)
-            self.card.put(self.card.main, "do", lambda: run(index))
-
-        def run(index):
-            for param, start, stop, addresses in round_.visits[index]:
+            for param, start, stop, _ in round_.visits[index]:
                 elements[param] += stop - start
-                for address in addresses:
-                    self.card.touch(address, stop - start)
-                    memory = held_by(address, stop - start)
-                    assert (memory == self.steps[param] % 256).all(), "not arrived, or lost"
-                    memory += np.uint8(1)
+            launch_in_full(index)
 
         round_.run(launch)
         self.card.read(torch.zeros(1))
@@ -503,22 +511,39 @@ def test_pinned_pages_use_a_few_buffers_of_the_card_and_only_in_a_step():
     stepper.check()
 
 
-@pytest.mark.parametrize("pager", sorted(PAGERS))
-def test_a_launch_that_fails_loses_nothing(pager):
-    card = FakeCard(5 * PAGE, eager=0)
+@settings(max_examples=30, deadline=None)
+@given(
+    pager=st.sampled_from(sorted(PAGERS)),
+    failing=st.integers(0, 11),
+    seed=st.integers(0, 2**32),
+    late=st.booleans(),
+)
+def test_a_launch_that_fails_loses_no_step_before_it(pager, failing, seed, late):
+    """Nor its own, where it was launched and then something else went wrong, as an interrupt."""
+    card = FakeCard(5 * PAGE, seed=seed, eager=0)
     stepper = Stepper(card, PAGERS[pager](card), [PAGE // 2] * 12)
     stepper.step()
-    round_ = stepper.pager.begin(stepper.moments)
+    stepped = []
 
-    def fail(index):
-        if index == 5:
+    def launch(launch_in_full, index):
+        if index < failing or late:
+            launch_in_full(index)
+            stepped.extend(param for param, *_ in round_.visits[index])
+        if index == failing:
             raise CudaError("a launch failed")
 
+    round_ = stepper.pager.begin(stepper.moments)
     with pytest.raises(CudaError, match="a launch failed"):
-        round_.run(fail)
-    card.read(torch.zeros(1))
+        round_.run(lambda index: launch(stepper.launch_of(round_), index))
+    assert len(stepped) == failing + late
+    for param in stepped:
+        stepper.steps[param] += 1
+    if pager == "unified":
+        card.read(torch.zeros(1))  # whoever reads state on the card does
     stepper.check()
     stepper.step()
+    stepper.check()
+    card.finish()
     stepper.check()
 
 

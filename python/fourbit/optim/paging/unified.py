@@ -199,6 +199,7 @@ class _UnifiedRound(Round):
             pager._card,
             pager._side_streams(),
             self._plan,
+            all_leave=False,
             bring=lambda number, stream: pager._bring(pages[number], stream),
             launch=launch,
             give_back=lambda number, stream: pager._give_back(pages[number], stream),
