@@ -410,6 +410,27 @@ def test_page_out_does_not_overtake_what_is_still_to_run():
     assert not card.present
 
 
+def test_page_out_does_not_overtake_pages_that_are_still_coming():
+    card, stepper = calm()
+    stepper.pager.page_out()
+    for _ in range(20):
+        card.eager = 0
+        stepper.pager.page_in()
+        stepper.pager.page_out()
+        card.finish()
+        assert not card.present
+
+
+def test_a_look_that_finds_the_card_full_is_not_repeated_in_each_step():
+    card, stepper = calm(elements=[PAGE // 2] * 2)
+    # So little memory is free that the driver may have moved pages out; torch asks for no more.
+    card.allocate_plainly(card.free_bytes() - RESERVE // 2)
+    card.finish()
+    for _ in range(3 * unified.LOOK_EVERY):
+        stepper.step()
+    assert stepper.pager.counters.paged_steps == 3
+
+
 @pytest.mark.parametrize("fits", [4, 10, 15])
 def test_a_step_moves_only_what_does_not_fit(fits):
     """Twenty pages, of which so many fit: the others come, and as many leave, in each step."""

@@ -103,8 +103,9 @@ class UnifiedPager:
 
     def page_out(self) -> None:
         """As `Pager`. The processor waits until it is done."""
-        _, outward = self._side_streams()
-        self._card.wait(outward, self._card.record(self._card.current_stream()))
+        inward, outward = self._side_streams()
+        for stream in (self._card.current_stream(), inward):
+            self._card.wait(outward, self._card.record(stream))
         for page in self._pages.all:
             self._give_back(page, outward)
         self._card.synchronize(outward)
@@ -133,7 +134,9 @@ class UnifiedPager:
             or (before is not None and now.peak < before.peak)  # somebody set it back
             or self._card.free_bytes() - (now.peak - now.reserved) < RESERVE
         ):
+            # The step will prefetch all of them.
             self._present.clear()
+            self._steps_since_look = 0
         elif self._steps_since_look >= LOOK_EVERY:
             # What others did to the card's memory shows in nothing; where they did nothing, this
             # is a few short calls.
