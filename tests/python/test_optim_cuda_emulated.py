@@ -188,6 +188,51 @@ def test_resumed_elsewhere_is_paged_there_and_equals_the_uninterrupted(card, bef
     assert (report.paged_steps == 5) == (after in ("unified", "pinned"))
 
 
+@pytest.mark.parametrize("pager", PAGERS)
+def test_a_state_dict_that_fails_half_way_leaves_all_as_it_was(card, pager):
+    """The state, where it is paged, what is allocated and what is counted."""
+    cpu, (params, optimizer) = oracle(), made(pager)
+    train(range(3), cpu, (params, optimizer))
+    damaged = through_a_file(optimizer.state_dict())
+    damaged["state"][6]["exp_avg"][-1] = float("nan")
+    report, live = optimizer.paging_report(), dict(card.live)
+    with pytest.raises(ValueError, match="exp_avg of parameter 6 holds NaN"):
+        optimizer.load_state_dict(damaged)
+    assert (optimizer.paging_report(), card.live) == (report, live)
+    train(range(3, 5), cpu, (params, optimizer))
+    assert_same((params, optimizer), cpu)
+    assert card.live == live, "no page was made anew"
+
+
+def test_the_report_counts_on_when_state_is_loaded(card):
+    params, optimizer = made("pinned")
+    train(range(2), (params, optimizer))
+    before = optimizer.paging_report()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.paging_report() == before
+    train([2], (params, optimizer))
+    assert optimizer.paging_report().paged_steps == 3
+
+
+def test_auto_looks_at_the_state_that_is_loaded(card):
+    """It has 32 bits and is larger than the card, where 8 bits of each would fit."""
+    params, optimizer = made("pinned")
+    train([0], (params, optimizer))
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["state_bits"] = 32
+    cpu = oracle()
+    for group in cpu[1].param_groups:
+        group["state_bits"] = 32
+    train([0], cpu)
+    saved["state"] = cpu[1].state_dict()["state"]
+    card.capacity = 200_000
+    params = parameters()
+    fresh = PagedAdamW([{"params": params[:3]}, {"params": params[3:]}])
+    fresh.load_state_dict(saved)
+    assert fresh.paging_report().pagers == {"cpu": "pinned"}
+
+
 @pytest.mark.parametrize("pager", ["unified", "pinned"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_are_paged_too_and_go_their_own_way(card, pager, clone):

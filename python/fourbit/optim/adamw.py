@@ -298,7 +298,7 @@ class PagedAdamW(torch.optim.Optimizer):
             plan.append((group, updates))
         if not wanted:
             return plan
-        for param, fresh in self._new_states(wanted).items():
+        for param, fresh in self._new_states(wanted, self._placement).items():
             state = self.state[param]
             if state:
                 state_of.fill_state(fresh, state, self._name(param))
@@ -309,17 +309,21 @@ class PagedAdamW(torch.optim.Optimizer):
             for group, params in stepped
         ]
 
-    def _new_states(self, wanted: list[tuple[Tensor, int]]) -> dict[Tensor, state_of.State]:
+    def _new_states(
+        self, wanted: list[tuple[Tensor, int]], placement: Placement
+    ) -> dict[Tensor, state_of.State]:
         """State before the first step, of parameters with so many bits each: all, or none."""
         if not wanted:
             return {}
-        everyone = [
-            Wanted(param, state_of.moment_dtype(state_of.bits_for(param, group["state_bits"])))
+        bits_of = {
+            param: state_of.bits_for(param, group["state_bits"])
             for group in self.param_groups
             for param in group["params"]
-        ]
-        self._placement.keep(self.state)
-        moments = self._placement.add(
+        }
+        bits_of.update(wanted)
+        everyone = [Wanted(param, state_of.moment_dtype(bits)) for param, bits in bits_of.items()]
+        placement.keep(self.state)
+        moments = placement.add(
             [Wanted(param, state_of.moment_dtype(bits)) for param, bits in wanted], everyone
         )
         return {
@@ -381,18 +385,21 @@ class PagedAdamW(torch.optim.Optimizer):
                 one, naming the parameter's index and the field. The optimizer stays as it was.
         """
         states: dict[Tensor, state_of.State] = {}
+        placement = self._placement.renewed()
 
         # torch casts floating-point state to the parameter's dtype. It is given the groups alone;
         # hooks, before and after, see everything.
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             restored = read_state_dict(state_dict, self.param_groups, self._name)
-            states.update(self._new_states([(one.param, one.bits) for one in restored.states]))
+            wanted = [(one.param, one.bits) for one in restored.states]
+            states.update(self._new_states(wanted, placement))
             for one in restored.states:
                 state_of.fill_state(states[one.param], one.fields, self._name(one.param))
             return {**state_dict, "param_groups": restored.groups, "state": restored.other}
 
         def put(_: torch.optim.Optimizer) -> None:
             self.state.update(states)
+            self._placement = placement
             self._homes = {param: _home(param) for param in states}
 
         hooks = (
