@@ -240,7 +240,9 @@ class PagedAdamW(torch.optim.Optimizer):
         return skipped
 
     def _check_before_step(self, param: Tensor) -> None:
-        home = self._homes.get(param)
+        state = self.state[param]
+        # Whose state was taken away begins anew.
+        home = self._homes.get(param) if state else None
         if home is None:
             self._check_param(param)
         grad = param.grad
@@ -255,7 +257,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if home is None:
             return
         dtype, device = home
-        shape = self.state[param].get("exp_avg", param).shape
+        shape = state.get("exp_avg", param).shape
         if param.dtype != dtype or param.shape != shape:
             raise ValueError(
                 f"{self._name(param)} was {dtype} {list(shape)} at its "
@@ -303,7 +305,7 @@ class PagedAdamW(torch.optim.Optimizer):
             if state:
                 state_of.fill_state(fresh, state, self._name(param))
             state.update(fresh)
-            self._homes.setdefault(param, _home(param))
+            self._homes[param] = _home(param)
         return [
             (group, [update_of(param, self.state[param]) for param in params])
             for group, params in stepped
