@@ -169,7 +169,7 @@ class TorchCard:
         return _core.card_free_memory(self.device.index)[0]
 
     def allocations(self) -> Allocations | None:
-        """As `Card`. Torch's caching allocator counts; cudaMallocAsync does not."""
+        """As `Card`. With cudaMallocAsync, which counts no calls, the bytes alone tell."""
         statistics = torch.cuda.memory_stats_as_nested_dict(self.device)
         try:
             reserved = statistics["reserved_bytes"]["all"]
