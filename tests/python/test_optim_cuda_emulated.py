@@ -99,6 +99,7 @@ def test_the_same_bytes_as_on_the_cpu(card, pager):
     assert report.pagers == {"cpu": pager}
     assert (report.pages > 4) == (pager != "resident")
     assert (report.paged_steps > 3) == (pager != "resident")
+    assert (report.seconds_waiting > 0) == (pager != "resident")
 
 
 @pytest.mark.parametrize("pager", PAGERS)
@@ -129,6 +130,25 @@ def test_a_gradient_that_is_not_finite_skips_its_parameter_alone(card, pager):
     assert_same(paged, cpu)
     train(range(3, 5), cpu, paged)
     assert_same(paged, cpu)
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_each_part_of_a_large_parameter_has_its_own_scales(card, pager):
+    """With 8-bit state, in several pages; the last part is a few elements of a block."""
+    trained = []
+    for on_card in (False, True):
+        param = nn.Parameter(torch.zeros(3 * PAGE + 100))
+        optimizer = PagedAdamW([param], lr=0.01, pager=pager if on_card else "auto")
+        trained.append(([param], optimizer if on_card else on_cpu(optimizer)))
+    for step in range(4):
+        for (param,), optimizer in trained:
+            # Blocks of sizes far apart: the scale of another would show.
+            blocks = torch.arange(param.numel()) // 256
+            generator = torch.Generator().manual_seed(step)
+            param.grad = torch.randn(param.shape, generator=generator) * 10.0 ** (blocks % 7 - 3)
+            optimizer.step()
+    assert_same(trained[1], trained[0])
+    assert trained[1][1].paging_report().pages == (0 if pager == "resident" else 7)
 
 
 @pytest.mark.parametrize("pager", PAGERS)
@@ -345,6 +365,21 @@ def test_memory_is_freed_with_the_state_and_with_the_optimizer(card, pager):
     del moment
     gc.collect()
     assert card.live == {}
+
+
+@pytest.mark.parametrize("pager", ["unified", "pinned"])
+def test_pages_of_state_that_was_taken_away_make_room_for_new_ones(card, pager):
+    params, optimizer = made(pager)
+    set_gradients(params, 0)
+    params[3].grad = None
+    optimizer.step()
+    address = optimizer.state[params[6]]["exp_avg"].data_ptr()
+    assert card.find(address) is not None
+    del optimizer.state[params[6]]
+    set_gradients(params[:5], 1)
+    params[6].grad = None
+    optimizer.step()
+    assert card.find(address) is None
 
 
 @pytest.mark.parametrize("pager", ["unified", "pinned"])

@@ -68,6 +68,7 @@ class Stepper:
         def run(index):
             for param, start, stop, addresses in round_.visits[index]:
                 for address in addresses:
+                    assert address % 16 == 0, "kernels read so many bytes at once"
                     self.card.touch(address, stop - start)
                     memory = held_by(address, stop - start)
                     assert (memory == expected[param]).all(), "not arrived, or lost"
@@ -566,6 +567,27 @@ def test_a_launch_that_fails_loses_no_step_before_it(pager, failing, seed, late)
     stepper.check()
     card.finish()
     stepper.check()
+
+
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_a_copy_that_fails_leaves_no_other_copy_behind(failing):
+    """Buffers are torch's again when the round is over, whatever ended it."""
+    card = FakeCard(eager=0)
+    stepper = Stepper(card, PinnedPager(card), [2 * PAGE] * 3)  # pages of two stretches
+    stepper.step()
+    copy, copies = card.copy, itertools.count(1)
+
+    def sometimes(*arguments, **options):
+        if next(copies) == failing:
+            raise CudaError("a copy failed")
+        copy(*arguments, **options)
+
+    card.copy = sometimes
+    round_ = stepper.pager.begin(stepper.moments)
+    with pytest.raises(CudaError, match="a copy failed"):
+        round_.run(stepper.launch_of(round_))
+    card.synchronize(card.main)
+    assert not any(stream.work for stream in card.streams)
 
 
 @pytest.mark.parametrize(("pager", "kind"), [("unified", "managed"), ("pinned", "page_locked")])

@@ -41,9 +41,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     ``state_dict()`` is exact, and a run resumed from it goes on in the same bits. With
     ``state_bits=32`` it is also one of ``torch.optim.AdamW``, in both directions.
-    ``load_state_dict`` copies: optimizers never share state. ``state_dict()`` does not, as with every
-    optimizer of torch: its tensors are the state itself, which the next step changes, and keep the
-    memory of their pages.
+    ``load_state_dict`` copies: optimizers never share state. ``state_dict()`` does not, as with
+    every optimizer of torch: its tensors are the state itself, which the next step changes, and
+    keep the memory of their pages.
 
     Args:
         params: parameters, named parameters or groups, as for every optimizer; float32, float16 or
