@@ -630,6 +630,10 @@ def test_parameters_that_moved_after_the_first_step():
     resumed.load_state_dict(optimizer.state_dict())
     resumed.step()
     assert resumed.state[param]["step"] == 2
+    # It may also be given to this one, which then takes the state to be where the parameter is.
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
 
 
 def test_a_parameter_whose_state_was_taken_away_begins_anew():
