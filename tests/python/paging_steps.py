@@ -46,24 +46,33 @@ class Stepper:
         self.moments = {one.param: pair for one, pair in zip(self.wanted, made, strict=True)}
         self.steps = {one.param: 0 for one in self.wanted}
 
+    def launch_of(self, round_):
+        """What puts the launch of one visit into the current stream."""
+        expected = {param: count % 256 for param, count in self.steps.items()}
+
+        def run(index):
+            for param, start, stop, addresses in round_.visits[index]:
+                for address in addresses:
+                    assert address % 16 == 0, "kernels read so many bytes at once"
+                    self.card.touch(address, stop - start)
+                    memory = held_by(address, stop - start)
+                    assert (memory == expected[param]).all(), "not arrived, or lost"
+                    memory += np.uint8(1)
+
+        return lambda index: self.card.put(self.card.main, "do", lambda: run(index))
+
     def step(self, params=None):
         params = list(self.moments) if params is None else params
         round_ = self.pager.begin({param: self.moments[param] for param in params})
         elements = dict.fromkeys(params, 0)
         launched = []
+        launch_in_full = self.launch_of(round_)
 
         def launch(index):
             launched.append(index)
-            self.card.put(self.card.main, "do", lambda: run(index))
-
-        def run(index):
-            for param, start, stop, addresses in round_.visits[index]:
+            for param, start, stop, _ in round_.visits[index]:
                 elements[param] += stop - start
-                for address in addresses:
-                    self.card.touch(address, stop - start)
-                    memory = held_by(address, stop - start)
-                    assert (memory == self.steps[param] % 256).all(), "not arrived, or lost"
-                    memory += np.uint8(1)
+            launch_in_full(index)
 
         round_.run(launch)
         self.card.read(torch.zeros(1))

@@ -630,6 +630,34 @@ def test_parameters_that_moved_after_the_first_step():
     resumed.load_state_dict(optimizer.state_dict())
     resumed.step()
     assert resumed.state[param]["step"] == 2
+    # It may also be given to this one, which then takes the state to be where the parameter is.
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+
+
+def test_a_parameter_whose_state_was_taken_away_begins_anew():
+    (param,) = parameters((64, 64))
+    optimizer = PagedAdamW([param])
+    train(optimizer, [param], range(2))
+    optimizer.state.clear()
+    param.grad = None
+    param.data = param.data.bfloat16()
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+    param.grad = None
+    param.data = param.data.float()
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"parameter 0 was torch\.bfloat16"):
+        optimizer.step()
+    optimizer.state.clear()
+    param.grad = None
+    param.data = param.data.double()
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"parameter 0 is torch\.float64"):
+        optimizer.step()
 
 
 def test_the_report_of_a_cpu():
@@ -673,6 +701,7 @@ def assign(field, value):
         (assign("exp_avg_absmax", torch.full((16,), torch.nan)), "holds NaN or infinity"),
         (assign("exp_avg_sq_absmax", torch.full((16,), -1.0)), "is negative"),
         (assign("step", torch.tensor(1.5)), "step of parameter 0 is 1.5"),
+        (assign("step", torch.tensor(1e20)), "step of parameter 0 is 1.*, not a count"),
         (assign("step", torch.tensor(-1.0)), "step of parameter 0 is negative"),
         (assign("step", torch.zeros(2)), "step of parameter 0 has shape"),
         (lambda d: d["state"].update({0: [1, 2]}), "state of parameter 0 is a list"),
@@ -682,6 +711,8 @@ def assign(field, value):
         (lambda d: d["param_groups"][0].update(amsgrad=True), "amsgrad"),
         (lambda d: d["param_groups"][0].update(decoupled_weight_decay=False), "decay is Adam's"),
         (lambda d: d["param_groups"][0]["params"].pop(), "other parameter groups"),
+        (lambda d: d["param_groups"][0].update(param_names=["a"]), "name each parameter once"),
+        (lambda d: d["param_groups"][0].update(param_names=None), "name each parameter once"),
         (lambda d: d["param_groups"].pop(), "other parameter groups"),
         (lambda d: d["param_groups"][0].update(params=[0, 0]), "names a parameter twice"),
         (lambda d: d["param_groups"][0].pop("params"), "a parameter group without params"),

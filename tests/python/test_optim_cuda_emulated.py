@@ -99,6 +99,7 @@ def test_the_same_bytes_as_on_the_cpu(card, pager):
     assert report.pagers == {"cpu": pager}
     assert (report.pages > 4) == (pager != "resident")
     assert (report.paged_steps > 3) == (pager != "resident")
+    assert (report.seconds_waiting > 0) == (pager != "resident")
 
 
 @pytest.mark.parametrize("pager", PAGERS)
@@ -129,6 +130,25 @@ def test_a_gradient_that_is_not_finite_skips_its_parameter_alone(card, pager):
     assert_same(paged, cpu)
     train(range(3, 5), cpu, paged)
     assert_same(paged, cpu)
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_each_part_of_a_large_parameter_has_its_own_scales(card, pager):
+    """With 8-bit state, in several pages; the last part is a few elements of a block."""
+    trained = []
+    for on_card in (False, True):
+        param = nn.Parameter(torch.zeros(3 * PAGE + 100))
+        optimizer = PagedAdamW([param], lr=0.01, pager=pager if on_card else "auto")
+        trained.append(([param], optimizer if on_card else on_cpu(optimizer)))
+    for step in range(4):
+        for (param,), optimizer in trained:
+            # Blocks of sizes far apart: the scale of another would show.
+            blocks = torch.arange(param.numel()) // 256
+            generator = torch.Generator().manual_seed(step)
+            param.grad = torch.randn(param.shape, generator=generator) * 10.0 ** (blocks % 7 - 3)
+            optimizer.step()
+    assert_same(trained[1], trained[0])
+    assert trained[1][1].paging_report().pages == (0 if pager == "resident" else 7)
 
 
 @pytest.mark.parametrize("pager", PAGERS)
@@ -188,6 +208,51 @@ def test_resumed_elsewhere_is_paged_there_and_equals_the_uninterrupted(card, bef
     assert (report.paged_steps == 5) == (after in ("unified", "pinned"))
 
 
+@pytest.mark.parametrize("pager", PAGERS)
+def test_a_state_dict_that_fails_half_way_leaves_all_as_it_was(card, pager):
+    """The state, where it is paged, what is allocated and what is counted."""
+    cpu, (params, optimizer) = oracle(), made(pager)
+    train(range(3), cpu, (params, optimizer))
+    damaged = through_a_file(optimizer.state_dict())
+    damaged["state"][6]["exp_avg"][-1] = float("nan")
+    report, live = optimizer.paging_report(), dict(card.live)
+    with pytest.raises(ValueError, match="exp_avg of parameter 6 holds NaN"):
+        optimizer.load_state_dict(damaged)
+    assert (optimizer.paging_report(), card.live) == (report, live)
+    train(range(3, 5), cpu, (params, optimizer))
+    assert_same((params, optimizer), cpu)
+    assert card.live == live, "no page was made anew"
+
+
+def test_the_report_counts_on_when_state_is_loaded(card):
+    params, optimizer = made("pinned")
+    train(range(2), (params, optimizer))
+    before = optimizer.paging_report()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.paging_report() == before
+    train([2], (params, optimizer))
+    assert optimizer.paging_report().paged_steps == 3
+
+
+def test_auto_looks_at_the_state_that_is_loaded(card):
+    """It has 32 bits and is larger than the card, where 8 bits of each would fit."""
+    params, optimizer = made("pinned")
+    train([0], (params, optimizer))
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["state_bits"] = 32
+    cpu = oracle()
+    for group in cpu[1].param_groups:
+        group["state_bits"] = 32
+    train([0], cpu)
+    saved["state"] = cpu[1].state_dict()["state"]
+    card.capacity = 200_000
+    params = parameters()
+    fresh = PagedAdamW([{"params": params[:3]}, {"params": params[3:]}])
+    fresh.load_state_dict(saved)
+    assert fresh.paging_report().pagers == {"cpu": "pinned"}
+
+
 @pytest.mark.parametrize("pager", ["unified", "pinned"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_are_paged_too_and_go_their_own_way(card, pager, clone):
@@ -218,6 +283,46 @@ def test_state_that_somebody_replaced_is_paged_again(card, pager):
     for param, state in optimizer.state.items():
         for moment in (state["exp_avg"], state["exp_avg_sq"]):
             assert not param.numel() or card.find(moment.data_ptr()) is not None
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_state_of_another_layout_is_put_right(card, pager):
+    """A kernel follows addresses, so none may be of a tensor that is not as it takes it."""
+    cpu, paged = oracle(), made(pager)
+    train(range(2), cpu, paged)
+    for params, optimizer in (cpu, paged):
+        narrow, strided = optimizer.state[params[6]], optimizer.state[params[1]]
+        narrow["exp_avg"] = narrow["exp_avg"].to(torch.bfloat16)
+        strided["exp_avg_sq"] = strided["exp_avg_sq"].t().contiguous().t()
+        scales = torch.stack([strided["exp_avg_absmax"]] * 2, dim=1)
+        strided["exp_avg_absmax"] = scales[:, 0]
+    train(range(2, 4), cpu, paged)
+    assert_same(paged, cpu)
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("exp_avg_absmax", torch.Tensor.double, "exp_avg_absmax of parameter 1 is torch.float64"),
+        ("exp_avg_absmax", lambda scales: scales[1:], r"exp_avg_absmax of .* has shape \[16\]"),
+        ("exp_avg_sq", torch.Tensor.float, "exp_avg_sq of parameter 1 is torch.float32"),
+    ],
+)
+def test_state_that_cannot_be_put_right_is_named(card, pager, field, change, message):
+    params, optimizer = made(pager)
+    train([0], (params, optimizer))
+    state = optimizer.state[params[1]]
+    whole, state[field] = state[field], change(state[field])
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, before, params))
+    state[field] = whole
+    expected = oracle()
+    train(range(2), expected)
+    train([1], (params, optimizer))
+    assert_same((params, optimizer), expected)
 
 
 def test_two_optimizers_on_a_full_card(card):
@@ -260,6 +365,21 @@ def test_memory_is_freed_with_the_state_and_with_the_optimizer(card, pager):
     del moment
     gc.collect()
     assert card.live == {}
+
+
+@pytest.mark.parametrize("pager", ["unified", "pinned"])
+def test_pages_of_state_that_was_taken_away_make_room_for_new_ones(card, pager):
+    params, optimizer = made(pager)
+    set_gradients(params, 0)
+    params[3].grad = None
+    optimizer.step()
+    address = optimizer.state[params[6]]["exp_avg"].data_ptr()
+    assert card.find(address) is not None
+    del optimizer.state[params[6]]
+    set_gradients(params[:5], 1)
+    params[6].grad = None
+    optimizer.step()
+    assert card.find(address) is None
 
 
 @pytest.mark.parametrize("pager", ["unified", "pinned"])

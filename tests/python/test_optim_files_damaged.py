@@ -67,6 +67,13 @@ def group(damaged: Damaged) -> dict[str, Any]:
     return only
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 DAMAGES: list[tuple[Callable[[Damaged], object], str]] = [
     (lambda d: d.options.update(version=2), "of version 2 and this fourbit reads 1"),
     (lambda d: d.options.pop("version"), "of version None"),
@@ -94,6 +101,7 @@ DAMAGES: list[tuple[Callable[[Damaged], object], str]] = [
     (lambda d: group(d).update(betas=[0.9, 1.0]), "betas are"),
     (lambda d: group(d).update(state_bits=16), "state_bits is 16"),
     (lambda d: group(d).update(state_bits=32), "is 8-bit where 32-bit state is needed"),
+    (lambda d: group(d).update(more=nested(700)), "nested too deeply"),
     (lambda d: group(d).update(lr={"tensor": "lr"}), "tensor 'lr' is missing"),
     (lambda d: group(d).update(lr={"tensor": ["lr"]}), "is missing"),
     (lambda d: group(d).update(lr={"tensor": "state.0.exp_avg"}), "has many elements"),

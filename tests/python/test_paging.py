@@ -265,23 +265,61 @@ def test_pinned_pages_use_a_few_buffers_of_the_card_and_only_in_a_step():
     stepper.check()
 
 
-@pytest.mark.parametrize("pager", sorted(PAGERS))
-def test_a_launch_that_fails_loses_nothing(pager):
-    card = FakeCard(5 * PAGE, eager=0)
+@settings(max_examples=30, deadline=None)
+@given(
+    pager=st.sampled_from(sorted(PAGERS)),
+    failing=st.integers(0, 11),
+    seed=st.integers(0, 2**32),
+    late=st.booleans(),
+)
+def test_a_launch_that_fails_loses_no_step_before_it(pager, failing, seed, late):
+    """Nor its own, where it was launched and then something else went wrong, as an interrupt."""
+    card = FakeCard(5 * PAGE, seed=seed, eager=0)
     stepper = Stepper(card, PAGERS[pager](card), [PAGE // 2] * 12)
     stepper.step()
-    round_ = stepper.pager.begin(stepper.moments)
+    stepped = []
 
-    def fail(index):
-        if index == 5:
+    def launch(launch_in_full, index):
+        if index < failing or late:
+            launch_in_full(index)
+            stepped.extend(param for param, *_ in round_.visits[index])
+        if index == failing:
             raise CudaError("a launch failed")
 
+    round_ = stepper.pager.begin(stepper.moments)
     with pytest.raises(CudaError, match="a launch failed"):
-        round_.run(fail)
-    card.read(torch.zeros(1))
+        round_.run(lambda index: launch(stepper.launch_of(round_), index))
+    assert len(stepped) == failing + late
+    for param in stepped:
+        stepper.steps[param] += 1
+    if pager == "unified":
+        card.read(torch.zeros(1))  # whoever reads state on the card does
     stepper.check()
     stepper.step()
     stepper.check()
+    card.finish()
+    stepper.check()
+
+
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_a_copy_that_fails_leaves_no_other_copy_behind(failing):
+    """Buffers are torch's again when the round is over, whatever ended it."""
+    card = FakeCard(eager=0)
+    stepper = Stepper(card, PinnedPager(card), [2 * PAGE] * 3)  # pages of two stretches
+    stepper.step()
+    copy, copies = card.copy, itertools.count(1)
+
+    def sometimes(*arguments, **options):
+        if next(copies) == failing:
+            raise CudaError("a copy failed")
+        copy(*arguments, **options)
+
+    card.copy = sometimes
+    round_ = stepper.pager.begin(stepper.moments)
+    with pytest.raises(CudaError, match="a copy failed"):
+        round_.run(stepper.launch_of(round_))
+    card.synchronize(card.main)
+    assert not any(stream.work for stream in card.streams)
 
 
 @pytest.mark.parametrize(("pager", "kind"), [("unified", "managed"), ("pinned", "page_locked")])

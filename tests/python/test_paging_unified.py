@@ -292,6 +292,16 @@ def test_new_pages_that_do_not_fit_are_found_out_before_their_first_step():
     stepper.check()
 
 
+def test_a_look_that_finds_the_card_full_is_not_repeated_in_each_step():
+    card, stepper = calm(elements=[PAGE // 2] * 2)
+    # So little memory is free that the driver may have moved pages out; torch asks for no more.
+    card.allocate_plainly(card.free_bytes() - RESERVE // 2)
+    card.finish()
+    for _ in range(3 * unified.LOOK_EVERY):
+        stepper.step()
+    assert stepper.pager.counters.paged_steps == 3
+
+
 def test_a_card_without_room_is_used_where_the_pages_are():
     """The driver refuses to bring pages: nothing is wrong, and the next step asks again."""
     card, stepper = calm()

@@ -17,7 +17,7 @@ from fourbit.optim.paging import PagerName, PagingReport, Placement
 from fourbit.optim.paging.pages import Wanted
 from fourbit.optim.restore import read_state_dict
 from fourbit.optim.sharded import is_distributed, placements, usable_everywhere
-from fourbit.optim.update import Update, run, shares_memory, update_of
+from fourbit.optim.update import Update, is_whole, run, shares_memory, update_of
 
 WARN_EVERY = 100
 """Steps with skipped tensors between two warnings of them."""
@@ -41,7 +41,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     ``state_dict()`` is exact, and a run resumed from it goes on in the same bits. With
     ``state_bits=32`` it is also one of ``torch.optim.AdamW``, in both directions.
-    ``load_state_dict`` copies: optimizers never share state.
+    ``load_state_dict`` copies: optimizers never share state. ``state_dict()`` does not, as with
+    every optimizer of torch: its tensors are the state itself, which the next step changes, and
+    keep the memory of their pages.
 
     Args:
         params: parameters, named parameters or groups, as for every optimizer; float32, float16 or
@@ -240,7 +242,9 @@ class PagedAdamW(torch.optim.Optimizer):
         return skipped
 
     def _check_before_step(self, param: Tensor) -> None:
-        home = self._homes.get(param)
+        state = self.state[param]
+        # Whose state was taken away begins anew.
+        home = self._homes.get(param) if state else None
         if home is None:
             self._check_param(param)
         grad = param.grad
@@ -255,7 +259,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if home is None:
             return
         dtype, device = home
-        shape = self.state[param].get("exp_avg", param).shape
+        shape = state.get("exp_avg", param).shape
         if param.dtype != dtype or param.shape != shape:
             raise ValueError(
                 f"{self._name(param)} was {dtype} {list(shape)} at its "
@@ -272,7 +276,8 @@ class PagedAdamW(torch.optim.Optimizer):
     def _plan(self) -> list[tuple[dict[str, Any], list[Update]]]:
         """What is to be stepped in each group: checked, with state where its pager wants it.
 
-        State that is elsewhere, as in a copied optimizer, keeps its numbers.
+        State that is elsewhere, as in a copied optimizer, or in other tensors than it should be,
+        keeps its numbers.
         """
         stepped = [
             (group, [param for param in group["params"] if param.grad is not None])
@@ -290,34 +295,39 @@ class PagedAdamW(torch.optim.Optimizer):
                 if not state:
                     wanted.append((param, state_of.bits_for(param, group["state_bits"])))
                     continue
-                updates.append(update_of(param, state))
-                if not self._placement.holds(param, updates[-1].moments):
-                    wanted.append((param, updates[-1].bits))
+                update = update_of(param, state)
+                updates.append(update)
+                if not (is_whole(update) and self._placement.holds(param, update.moments)):
+                    wanted.append((param, update.bits))
             plan.append((group, updates))
         if not wanted:
             return plan
-        for param, fresh in self._new_states(wanted).items():
+        for param, fresh in self._new_states(wanted, self._placement).items():
             state = self.state[param]
             if state:
                 state_of.fill_state(fresh, state, self._name(param))
             state.update(fresh)
-            self._homes.setdefault(param, _home(param))
+            self._homes[param] = _home(param)
         return [
             (group, [update_of(param, self.state[param]) for param in params])
             for group, params in stepped
         ]
 
-    def _new_states(self, wanted: list[tuple[Tensor, int]]) -> dict[Tensor, state_of.State]:
+    def _new_states(
+        self, wanted: list[tuple[Tensor, int]], placement: Placement
+    ) -> dict[Tensor, state_of.State]:
         """State before the first step, of parameters with so many bits each: all, or none."""
         if not wanted:
             return {}
-        everyone = [
-            Wanted(param, state_of.moment_dtype(state_of.bits_for(param, group["state_bits"])))
+        bits_of = {
+            param: state_of.bits_for(param, group["state_bits"])
             for group in self.param_groups
             for param in group["params"]
-        ]
-        self._placement.keep(self.state)
-        moments = self._placement.add(
+        }
+        bits_of.update(wanted)
+        everyone = [Wanted(param, state_of.moment_dtype(bits)) for param, bits in bits_of.items()]
+        placement.keep(self.state)
+        moments = placement.add(
             [Wanted(param, state_of.moment_dtype(bits)) for param, bits in wanted], everyone
         )
         return {
@@ -379,18 +389,21 @@ class PagedAdamW(torch.optim.Optimizer):
                 one, naming the parameter's index and the field. The optimizer stays as it was.
         """
         states: dict[Tensor, state_of.State] = {}
+        placement = self._placement.renewed()
 
         # torch casts floating-point state to the parameter's dtype. It is given the groups alone;
         # hooks, before and after, see everything.
         def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             restored = read_state_dict(state_dict, self.param_groups, self._name)
-            states.update(self._new_states([(one.param, one.bits) for one in restored.states]))
+            wanted = [(one.param, one.bits) for one in restored.states]
+            states.update(self._new_states(wanted, placement))
             for one in restored.states:
                 state_of.fill_state(states[one.param], one.fields, self._name(one.param))
             return {**state_dict, "param_groups": restored.groups, "state": restored.other}
 
         def put(_: torch.optim.Optimizer) -> None:
             self.state.update(states)
+            self._placement = placement
             self._homes = {param: _home(param) for param in states}
 
         hooks = (

@@ -111,7 +111,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: str | os.PathLike[str
     optimizer = unwrapped(optimizer)
     with TensorFile(path) as file:
         options = _options(file)
-        groups = [_decoded(group, file) for group in options["param_groups"]]
+        try:
+            groups = [_decoded(group, file) for group in options["param_groups"]]
+        except RecursionError:
+            raise CheckpointError(f"{file.path}: an option is nested too deeply") from None
         labels = _labels(groups)
         _check_parameters(optimizer, groups, file)
         states = _stored_states(file, labels, options["without_state"])
@@ -262,6 +265,7 @@ def _decoded(group: dict[str, Any], file: TensorFile) -> dict[str, Any]:
 
 
 def _python_value(value: Any) -> Any:
+    """A value as it was before `_json_value`; RecursionError where that cannot have written it."""
     if isinstance(value, list):
         return tuple(_python_value(item) for item in value)
     if isinstance(value, dict) and isinstance(value.get("list"), list):
@@ -316,8 +320,9 @@ def _stored_states(
     file: TensorFile, labels: dict[int, str], without_state: list[int]
 ) -> dict[int, _StoredState]:
     """What the file holds of each parameter: nothing of some, and of the others something."""
+    bare = set(without_state)
     names: dict[str, dict[str, str]] = {
-        label: {} for index, label in labels.items() if index not in set(without_state)
+        label: {} for index, label in labels.items() if index not in bare
     }
     for name in file.tensors:
         if name.startswith("param_groups."):

@@ -63,6 +63,10 @@ def read_state_dict(
         len(group["params"]) for group in param_groups
     ]:
         raise ValueError("the state dict is one of other parameter groups")
+    for group in saved_groups:
+        names = group.get("param_names", group["params"])
+        if not isinstance(names, list | tuple) or len(names) != len(group["params"]):
+            raise ValueError("the state dict does not name each parameter once; it is damaged")
     indices = [index for group in saved_groups for index in group["params"]]
     if len(set(indices)) != len(indices):
         raise ValueError("the state dict names a parameter twice; it is damaged")

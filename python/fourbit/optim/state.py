@@ -37,6 +37,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_absmax", "exp_avg_sq_absmax")
 """Of 8-bit state, in the order of the moments."""
 
+MOST_STEPS = 2.0**63
+"""The core counts steps in 64 bits."""
+
 State = dict[str, Tensor]
 
 
@@ -153,5 +156,5 @@ def _check_numbers(values: Tensor, field: str, where: str) -> None:
         raise ValueError(f"optimizer state {where} holds NaN or infinity; the state is damaged")
     if field != "exp_avg" and bool((values < 0).any()):
         raise ValueError(f"optimizer state {where} is negative; the state is damaged")
-    if field == "step" and values.item() != int(values.item()):
+    if field == "step" and (values.item() != int(values.item()) or values.item() >= MOST_STEPS):
         raise ValueError(f"optimizer state {where} is {values.item()}, not a count")

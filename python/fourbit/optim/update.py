@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fourbit import _core
+from fourbit.layout import block_count
 from fourbit.optim.options import options_of
 from fourbit.optim.sharded import local, local_scales
-from fourbit.optim.state import BLOCK_SIZE, SCALES, State, bits_of, local_moments
+from fourbit.optim.state import BLOCK_SIZE, SCALES, State, bits_of, local_moments, moment_dtype
 
 
 class Update(NamedTuple):
@@ -43,6 +44,27 @@ def update_of(param: Tensor, state: State) -> Update:
     local_grad = local(grad).detach().resolve_neg().contiguous()
     values = local(param).detach().contiguous()
     return Update(param, values, local_grad, state, bits_of(state), local_moments(state))
+
+
+def is_whole(update: Update) -> bool:
+    """Whether the tensors of its state are as `state.new_state` makes them.
+
+    People may replace them, and a kernel on a card knows nothing of a tensor but its address.
+    """
+    shape, dtype = update.values.shape, moment_dtype(update.bits)
+    for moment in update.moments:
+        if moment.dtype != dtype or moment.shape != shape or not moment.is_contiguous():
+            return False
+    if update.bits == 32:
+        return True
+    device, blocks = update.values.device, block_count(shape.numel(), BLOCK_SIZE)
+    for field in SCALES:
+        scales = local(update.state[field])
+        if scales.dtype != torch.float32 or scales.device != device or scales.numel() < blocks:
+            return False
+        if not scales.is_contiguous():
+            return False
+    return True
 
 
 def next_steps(updates: Sequence[Update]) -> list[int]:

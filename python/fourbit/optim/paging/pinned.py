@@ -124,17 +124,21 @@ class _PinnedRound(Round):
         # The buffers may still be in use by what the current stream did before.
         self._card.wait(inward, self._card.record(main))
         order = range(len(self.visits))
-        visits, last = schedule(order, [1] * len(order), (), BUFFERS)
+        visits, _ = schedule(order, [1] * len(order), (), BUFFERS)
         try:
             self._waits = run_visits(
                 self._card,
                 self._streams,
                 visits,
-                leaving=last,
+                all_leave=True,
                 bring=self._bring,
                 launch=launch,
                 give_back=self._give_back,
             )
+        except BaseException:
+            # Nobody will read the flags, which is when the state is the processor's again.
+            self._card.synchronize(outward)
+            raise
         finally:
             # The state is the processor's again, and the buffers torch's, when this is over.
             self._card.wait(main, self._card.record(inward))

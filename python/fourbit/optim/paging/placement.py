@@ -29,6 +29,20 @@ class Placement:
         self._cards: dict[torch.device, Card | None] = {}
         self._pagers: dict[torch.device, Pager] = {}
         self._reasons: dict[str, str] = {}
+        # What the pagers did of which this one took the place.
+        self._before = Counters()
+
+    def renewed(self) -> Placement:
+        """Another one, of new pagers, which holds nothing yet but counts on.
+
+        State that is loaded goes there, so that nothing has happened to what there is if it fails.
+        """
+        new = Placement(self._pager)
+        new._cards, new._before = self._cards, self._totals()
+        return new
+
+    def _totals(self) -> Counters:
+        return sum((pager.counters for pager in self._pagers.values()), self._before)
 
     def card(self, device: torch.device) -> Card | None:
         """The card of a device; None for the CPU."""
@@ -128,12 +142,11 @@ class Placement:
             for param, (first, second) in moments
             if local(param).device not in paged
         )
-        totals = sum((pager.counters for pager in pagers), Counters())
         return PagingReport(
             pagers={str(device): pager.name for device, pager in self._pagers.items()},
             reasons=dict(self._reasons),
             pages=sum(pager.pages for pager in pagers),
             state_bytes=unpaged + sum(pager.nbytes for pager in pagers),
             resident_bytes=unpaged + sum(pager.resident_bytes for pager in pagers),
-            **dataclasses.asdict(totals),
+            **dataclasses.asdict(self._totals()),
         )

@@ -72,7 +72,7 @@ def run_visits(
     streams: Streams,
     visits: Sequence[Visit],
     *,
-    leaving: Sequence[int] = (),
+    all_leave: bool,
     bring: Callable[[int, Stream], object],
     launch: Callable[[int], None],
     give_back: Callable[[int, Stream], object],
@@ -80,42 +80,50 @@ def run_visits(
     """Put a schedule into three streams, so that copies run beside launches in both directions.
 
     A launch waits for its own page alone, a page for the room of those that leave for it, and a
-    page leaves when its launch is over. The processor waits for nothing.
+    page leaves when its launch is over. The processor waits for nothing. If a launch fails, the
+    pages that are there leave all the same, where all do: some of them have been stepped.
 
     Args:
         card: whose streams they are.
         streams: for the copies.
         visits: the schedule.
-        leaving: pages that leave in the end.
+        all_leave: whether pages that were stepped leave in the end.
         bring: puts the copies that bring a page into a stream.
         launch: puts the launch of the visit of that number into the current stream.
         give_back: puts the copies that give a page back into a stream.
     """
     main = card.current_stream()
+    # Pages that are still there, the one that was stepped first in front.
     stepped: dict[int, Event] = {}
     waits: Waits = []
 
     def leave(page: int) -> None:
-        if page in stepped:
-            card.wait(streams.outward, stepped[page])
+        event = stepped.pop(page, None)
+        if event is not None:
+            card.wait(streams.outward, event)
         give_back(page, streams.outward)
 
-    for index, visit in enumerate(visits):
-        for page in visit.leaving:
-            leave(page)
-        if visit.comes:
-            if visit.leaving:
-                # An event may be waited for only once it is recorded: what leaves goes first.
-                card.wait(streams.inward, card.record(streams.outward))
-            bring(visit.page, streams.inward)
-            arrival = card.record(streams.inward)
-            before = card.record(main)
-            card.wait(main, arrival)
-            waits.append((before, card.record(main)))
-        launch(index)
-        stepped[visit.page] = card.record(main)
-    for page in leaving:
-        leave(page)
+    try:
+        for index, visit in enumerate(visits):
+            for page in visit.leaving:
+                leave(page)
+            if visit.comes:
+                if visit.leaving:
+                    # An event may be waited for only once it is recorded: what leaves goes first.
+                    card.wait(streams.inward, card.record(streams.outward))
+                bring(visit.page, streams.inward)
+                arrival = card.record(streams.inward)
+                before = card.record(main)
+                card.wait(main, arrival)
+                waits.append((before, card.record(main)))
+            try:
+                launch(index)
+            finally:
+                stepped[visit.page] = card.record(main)
+    finally:
+        if all_leave:
+            for page in list(stepped):
+                leave(page)
     return waits
 
 

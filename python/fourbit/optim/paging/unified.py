@@ -160,7 +160,9 @@ class UnifiedPager:
             or (before is not None and now.peak < before.peak)  # somebody set it back
             or self._card.free_bytes() - (now.peak - now.reserved) < RESERVE
         ):
+            # The step will prefetch all of them.
             self._present.clear()
+            self._steps_since_look = 0
         elif self._steps_since_look >= LOOK_EVERY:
             # What others did to the card's memory shows in nothing; where they did nothing, this
             # is a few short calls.
@@ -244,6 +246,7 @@ class _UnifiedRound(Round):
             card,
             streams,
             self._plan,
+            all_leave=False,
             bring=lambda number, stream: pager._bring(pages[number], stream),
             launch=launch,
             give_back=lambda number, stream: pager._give_back(pages[number], stream),
