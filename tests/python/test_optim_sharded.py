@@ -151,6 +151,16 @@ def check_paged_shards_step_as_resident_ones(bits: int) -> None:
         assert paged.paging_report().paged_steps > 0
         with pytest.raises(ValueError, match=r'sharded parameters .* use "unified"'):
             PagedAdamW(models[0].parameters(), pager="pinned")
+        # "auto" chose for a plain parameter; sharded ones that join it are refused by name.
+        card.shares = False
+        plain = nn.Parameter(torch.zeros(5000))
+        plain.grad = torch.ones(5000)
+        joined = PagedAdamW([plain])
+        joined.step()
+        assert joined.paging_report().pagers == {"cpu": "pinned"}
+        joined.add_param_group({"params": list(models[0].parameters())})
+        with pytest.raises(ValueError, match=r'sharded parameters .* use "resident"'):
+            joined.step()
 
 
 def check_everything(_: Path) -> None:

@@ -339,7 +339,8 @@ class PagedAdamW(torch.optim.Optimizer):
         """Give the GPU memory that state takes back, ahead of work that needs it.
 
         The driver would do so by itself when the memory is asked for, but in the midst of the work.
-        With the pager "unified"; the others have nothing to give. Waits until it is done.
+        It holds the room ready for whoever asks next, which need not show as free memory. With the
+        pager "unified"; the others have nothing to give. Waits until it is done.
         """
         self._placement.keep(self.state)
         self._placement.page_out()

@@ -84,6 +84,7 @@ class Placement:
         self, device: torch.device, wanted: Sequence[Wanted], everyone: Sequence[Wanted]
     ) -> list[Moments]:
         if device in self._pagers:
+            self._check_sharded(device, wanted)
             return self._pagers[device].add(wanted)
         nbytes = sum(2 * one.nbytes for one in everyone)
         sharded = any(is_distributed(one.param) for one in everyone)
@@ -101,6 +102,12 @@ class Placement:
                 self._reasons[str(device)] = choice.reason
             return moments
         raise AssertionError("there is a pager for every device")
+
+    def _check_sharded(self, device: torch.device, wanted: Sequence[Wanted]) -> None:
+        """What "auto" chose for plain parameters, sharded ones that come later may not be able to."""
+        name = self._pagers[device].name
+        if name == "pinned" and any(is_distributed(one.param) for one in wanted):
+            choices("pinned", device, self.card(device), 0, sharded=True)
 
     def holds(self, param: Tensor, moments: Moments) -> bool:
         """Whether these moments of a parameter are ones that its device's pager can step."""
