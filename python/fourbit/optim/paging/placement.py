@@ -104,7 +104,7 @@ class Placement:
         raise AssertionError("there is a pager for every device")
 
     def _check_sharded(self, device: torch.device, wanted: Sequence[Wanted]) -> None:
-        """What "auto" chose for plain parameters, sharded ones that come later may not be able to."""
+        """What "auto" chose for plain parameters may not do for sharded ones that come later."""
         name = self._pagers[device].name
         if name == "pinned" and any(is_distributed(one.param) for one in wanted):
             choices("pinned", device, self.card(device), 0, sharded=True)
