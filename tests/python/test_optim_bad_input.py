@@ -56,6 +56,19 @@ def test_bad_parameters():
         PagedAdamW([{"params": [param]}, {"params": [param]}])
 
 
+def test_a_width_that_changes_after_the_first_step():
+    params = parameters((64, 64), (3,))
+    optimizer = PagedAdamW(params, state_bits=8)
+    train(optimizer, params, range(1))
+    optimizer.param_groups[0]["state_bits"] = 32
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match="parameter 0 has 8-bit state and its group"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    optimizer.param_groups[0]["state_bits"] = 8
+    optimizer.step()
+
+
 def test_parameters_that_share_memory():
     backing = torch.zeros(10)
     params = [nn.Parameter(backing[:6]), nn.Parameter(backing[5:])]

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import emulated_optimizer
 from emulated_optimizer import PAGE, on_cpu
 from fake_card import FakeCard
 from fourbit import CudaError, PagedAdamW
+from fourbit.optim import cuda_update
 
 if emulate.unavailable():
     pytest.skip(emulate.unavailable(), allow_module_level=True)
@@ -473,3 +475,41 @@ def test_a_pager_that_the_card_cannot_do_is_refused_at_once(card):
         made("unified")
     _, optimizer = made()
     assert optimizer.pager == "auto"
+
+
+@pytest.mark.parametrize("failing", [None, 1])
+def test_several_cards_step_at_the_same_time(monkeypatch, failing):
+    """All are launched before any is waited for, and waited for though another fails."""
+    seen = []
+
+    class Recorded:
+        def __init__(self, plan, card, pager):
+            self.number = card
+            seen.append(f"launch {card}")
+            if card == failing:
+                raise CudaError("no kernel")
+
+        def finish(self):
+            seen.append(f"finish {self.number}")
+            return [self.number]
+
+    monkeypatch.setattr(cuda_update, "CardStep", Recorded)
+    optimizer = PagedAdamW([nn.Parameter(torch.zeros(1))])
+    monkeypatch.setattr(
+        optimizer,
+        "_placement",
+        SimpleNamespace(card=lambda device: device.index, pager=lambda device: None),
+    )
+    updates = [
+        SimpleNamespace(values=SimpleNamespace(device=torch.device("cuda", number)))
+        for number in (1, 0, 1)
+    ]
+    plan = [({}, updates)]
+    if failing is None:
+        assert sorted(optimizer._step_on_cards(plan)) == [0, 1]
+        assert seen[:2] == ["launch 0", "launch 1"]
+        assert sorted(seen[2:]) == ["finish 0", "finish 1"]
+    else:
+        with pytest.raises(CudaError, match="no kernel"):
+            optimizer._step_on_cards(plan)
+        assert seen == ["launch 0", "launch 1", "finish 0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -183,8 +184,8 @@ class PagedAdamW(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: for a sparse gradient.
-            ValueError: for a parameter whose dtype or shape has changed since its first step, or
-                parameters that share memory.
+            ValueError: for a parameter whose dtype, shape, device or `state_bits` has changed since
+                its first step, or parameters that share memory.
             NotImplementedError: for a parameter that is neither on the CPU nor on an NVIDIA GPU.
             CudaError: where the kernels cannot be built or launched.
         """
@@ -224,21 +225,29 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _step_on_cards(self, plan: list[tuple[dict[str, Any], list[Update]]]) -> list[Tensor]:
         devices = {u.values.device for _, updates in plan for u in updates if self._on_card(u)}
-        skipped = []
-        for device in sorted(devices, key=str):
-            on_it = [
-                (group, [update for update in updates if update.values.device == device])
-                for group, updates in plan
-            ]
-            from fourbit.optim.cuda_update import DamagedStateError, run_on_card
+        if not devices:
+            return []
+        from fourbit.optim.cuda_update import CardStep, DamagedStateError
 
-            card, pager = self._placement.card(device), self._placement.pager(device)
-            assert card is not None
+        skipped: list[Tensor] = []
+
+        def finish(step: CardStep) -> None:
             try:
-                skipped += run_on_card(on_it, card, pager)
+                skipped.extend(step.finish())
             except DamagedStateError as error:
                 message = f"the optimizer state of {self._name(error.param)}: {error}"
                 raise ValueError(message) from None
+
+        with ExitStack() as under_way:
+            # All cards step at the same time. What was begun is finished, though another fails.
+            for device in sorted(devices, key=str):
+                on_it = [
+                    (group, [update for update in updates if update.values.device == device])
+                    for group, updates in plan
+                ]
+                card, pager = self._placement.card(device), self._placement.pager(device)
+                assert card is not None
+                under_way.callback(finish, CardStep(on_it, card, pager))
         return skipped
 
     def _check_before_step(self, param: Tensor) -> None:
@@ -273,6 +282,13 @@ class PagedAdamW(torch.optim.Optimizer):
                 "this one's state_dict()"
             )
 
+    def _check_bits(self, update: Update, state_bits: int) -> None:
+        if update.bits != state_of.bits_for(update.param, state_bits):
+            raise ValueError(
+                f"{self._name(update.param)} has {update.bits}-bit state and its group says "
+                f"state_bits {state_bits!r} now; set it back, or make a new optimizer"
+            )
+
     def _plan(self) -> list[tuple[dict[str, Any], list[Update]]]:
         """What is to be stepped in each group: checked, with state where its pager wants it.
 
@@ -296,6 +312,7 @@ class PagedAdamW(torch.optim.Optimizer):
                     wanted.append((param, state_of.bits_for(param, group["state_bits"])))
                     continue
                 update = update_of(param, state)
+                self._check_bits(update, group["state_bits"])
                 updates.append(update)
                 if not (is_whole(update) and self._placement.holds(param, update.moments)):
                     wanted.append((param, update.bits))

@@ -14,7 +14,7 @@ from fourbit.ops import FLOAT_DTYPES
 from fourbit.optim.options import options_of
 from fourbit.optim.paging.card import Card
 from fourbit.optim.paging.pager import Pager
-from fourbit.optim.paging.round import Piece
+from fourbit.optim.paging.round import Piece, Round
 from fourbit.optim.sharded import local, local_scales
 from fourbit.optim.state import BLOCK_SIZE, SCALES
 from fourbit.optim.update import Update, finish, next_steps
@@ -39,40 +39,68 @@ class DamagedStateError(ValueError):
         self.field = field
 
 
-def run_on_card(plan: Plan, card: Card, pager: Pager) -> list[Tensor]:
-    """Step the parameters of all groups that are on one card.
+class CardStep:
+    """The step of the parameters on one card, under way once this is made.
+
+    The processor waits for the card in `finish`, so that several cards step at the same time. Once
+    it is made it must be finished, whatever became of the others.
 
     Args:
         plan: what is to be stepped, all on that card.
         card: where it is.
         pager: where its moments are.
-
-    Returns:
-        The parameters that were skipped, because their gradient is not finite or too large.
-
-    Raises:
-        DamagedStateError: for 8-bit state whose scales are not finite; nothing was stepped.
     """
-    updates = [update for _, chosen in plan for update in chosen]
-    # The kernel takes no empty tensors; there is nothing in them to be skipped for.
-    filled = [index for index, update in enumerate(updates) if update.values.numel()]
-    flags: list[int] = []
-    if filled:
-        flags = _launch(plan, [updates[index] for index in filled], card, pager)
-        if flags.pop():
-            raise _damage(updates)
-    skipped = [index for index, flag in zip(filled, flags, strict=True) if flag]
-    finish(updates, set(skipped))
-    return [updates[index].param for index in skipped]
+
+    def __init__(self, plan: Plan, card: Card, pager: Pager) -> None:
+        self._card = card
+        self._updates = [update for _, chosen in plan for update in chosen]
+        # The kernel takes no empty tensors; there is nothing in them to be skipped for.
+        self._filled = [i for i, update in enumerate(self._updates) if update.values.numel()]
+        self._launched: _Launched | None = None
+        if self._filled:
+            filled = [self._updates[index] for index in self._filled]
+            self._launched = _launch(plan, filled, card, pager)
+
+    def finish(self) -> list[Tensor]:
+        """Wait for the card, and count the step of what was stepped.
+
+        Returns:
+            The parameters that were skipped, because their gradient is not finite or too large.
+
+        Raises:
+            DamagedStateError: for 8-bit state whose scales are not finite; nothing was stepped.
+        """
+        flags: list[int] = []
+        if self._launched is not None:
+            # The one moment of a step at which the processor waits for the card.
+            flags = self._card.read(self._launched.flags)
+            self._launched.round.finish()
+            if flags.pop():
+                raise _damage(self._updates)
+        skipped = [index for index, flag in zip(self._filled, flags, strict=True) if flag]
+        finish(self._updates, set(skipped))
+        return [self._updates[index].param for index in skipped]
 
 
-def _launch(plan: Plan, filled: list[Update], card: Card, pager: Pager) -> list[int]:
-    """Launch the step; a flag for each parameter that is not empty, and one for damaged state."""
+class _Launched(NamedTuple):
+    """Launches that are under way, and what they use.
+
+    Attributes:
+        flags: one for each parameter that is not empty, and one for damaged state.
+        segments: what the kernel is told.
+        round: the launches.
+    """
+
+    flags: Tensor
+    segments: Tensor
+    round: Round
+
+
+def _launch(plan: Plan, filled: list[Update], card: Card, pager: Pager) -> _Launched:
     round_ = pager.begin({update.param: update.moments for update in filled})
     table = _Table(plan, filled)
     slices = [table.add(pieces) for pieces in round_.visits]
     everything = _Slice(0, sum(part.segments for part in slices), 0, table.tiles)
-    # The rest is kept alive by torch until the current stream is done with it.
     segments = table.on(card.device)
     flags = torch.zeros(len(filled) + 1, dtype=torch.int32, device=card.device)
     program = cuda_ops.general_program("adamw", card.device)
@@ -86,10 +114,7 @@ def _launch(plan: Plan, filled: list[Update], card: Card, pager: Pager) -> list[
 
     launch("fourbit_adamw_check", everything)
     round_.run(lambda index: launch("fourbit_adamw", slices[index]))
-    # The one moment of a step at which the processor waits for the card.
-    read = card.read(flags)
-    round_.finish()
-    return read
+    return _Launched(flags, segments, round_)
 
 
 class _Slice(NamedTuple):
