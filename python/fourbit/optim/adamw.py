@@ -67,9 +67,8 @@ class PagedAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: for an option out of range, an unknown pager or one that the device cannot do,
-            or a parameter that stands twice.
+            a parameter that stands twice, or one that is neither on the CPU nor on an NVIDIA GPU.
         TypeError: for a parameter of another dtype.
-        NotImplementedError: for parameters that are neither on the CPU nor on an NVIDIA GPU.
     """
 
     pager: PagerName
@@ -123,9 +122,9 @@ class PagedAdamW(torch.optim.Optimizer):
         """Add a group; options it does not name are the optimizer's own.
 
         Raises:
-            ValueError: for a bad option, or a parameter that stands twice.
+            ValueError: for a bad option, a parameter that stands twice, or one that is neither on
+                the CPU nor on an NVIDIA GPU.
             TypeError: for a parameter of another dtype.
-            NotImplementedError: for parameters that are neither on the CPU nor on an NVIDIA GPU.
         """
         super().add_param_group(param_group)
         try:
@@ -159,7 +158,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 f"{self._name(param)} is {param.dtype}; use float32, float16 or bfloat16"
             )
         if param.device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(
+            raise ValueError(
                 f"{self._name(param)} is on {param.device}, and PagedAdamW has no kernels for it; "
                 "use torch.optim.AdamW there, or keep the parameters on the CPU or an NVIDIA GPU"
             )
@@ -185,8 +184,8 @@ class PagedAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: for a sparse gradient.
             ValueError: for a parameter whose dtype, shape, device or `state_bits` has changed since
-                its first step, or parameters that share memory.
-            NotImplementedError: for a parameter that is neither on the CPU nor on an NVIDIA GPU.
+                its first step, parameters that share memory, or one that is neither on the CPU nor
+                on an NVIDIA GPU.
             CudaError: where the kernels cannot be built or launched.
         """
         loss = None

@@ -5,6 +5,7 @@
 `pager`       what a pager does, and which one a device gets
 `unified`     the pager of managed memory
 `pinned`      the pager of page-locked memory
+`paged`       what these two have in common
 `resident`    the pager that moves nothing
 `round`       one step's launches, and the copies beside them
 `schedule`    in what order pages come, are stepped and leave: arithmetic

@@ -10,60 +10,43 @@ buffers are torch's memory, taken for the step and given back to torch's cache a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from fourbit.optim.paging.card import Card, Stream
-from fourbit.optim.paging.pages import Moments, Page, Pages, Span, Wanted
+from fourbit.optim.paging.paged import PagedMoments
+from fourbit.optim.paging.pages import Moments, Page, Span, Wanted
 from fourbit.optim.paging.report import Counters
-from fourbit.optim.paging.round import Piece, Round, Streams, Waits, chosen, run_visits, seconds
+from fourbit.optim.paging.round import (
+    Round,
+    Streams,
+    Waits,
+    chosen,
+    pieces_of,
+    run_visits,
+    seconds,
+)
 from fourbit.optim.paging.schedule import schedule
 
 BUFFERS = 3
 
 
-class PinnedPager:
+class PinnedPager(PagedMoments):
     """As `Pager`."""
 
     name = "pinned"
     resident_bytes = 0
 
-    def __init__(self, card: Card) -> None:
-        self._card = card
-        self._pages = Pages()
-        self._streams: Streams | None = None
-        self.counters = Counters()
-
-    @property
-    def pages(self) -> int:
-        """As `Pager`."""
-        return len(self._pages.all)
-
-    @property
-    def nbytes(self) -> int:
-        """As `Pager`."""
-        return self._pages.nbytes
-
     def add(self, wanted: Sequence[Wanted]) -> list[Moments]:
         """As `Pager`."""
         return self._pages.add(wanted, self._card.page_locked)[0]
 
-    def holds(self, param: Tensor, moments: Moments) -> bool:
-        """As `Pager`."""
-        return self._pages.holds(param, moments)
-
-    def keep(self, params: Container[Tensor]) -> None:
-        """As `Pager`."""
-        self._pages.keep(params)
-
     def begin(self, moments: dict[Tensor, Moments]) -> Round:
         """As `Pager`."""
-        if self._streams is None:
-            self._streams = Streams(self._card.side_stream(), self._card.side_stream())
         numbers, spans = chosen(self._pages.all, moments)
         pages = [self._pages.all[number] for number in numbers]
-        return _PinnedRound(self._card, self._streams, pages, spans, self.counters)
+        return _PinnedRound(self._card, self._side_streams(), pages, spans, self.counters)
 
     def page_out(self) -> None:
         """As `Pager`: between steps nothing is on the card."""
@@ -87,14 +70,10 @@ class _PinnedRound(Round):
         size = max(map(_staged_bytes, pages), default=0)
         count = min(BUFFERS, len(pages))
         self._buffers = [card.staging(size) for _ in range(count)]
-        visits = []
-        for number, of_page in enumerate(spans):
-            bases = [buffer.data_ptr() for buffer in self._parts(number)]
-            pieces = []
-            for span in of_page:
-                first, second = (bases[place.part] + place.offset for place in span.places)
-                pieces.append(Piece(span.param, span.start, span.stop, (first, second)))
-            visits.append(pieces)
+        visits = [
+            pieces_of(of_page, [buffer.data_ptr() for buffer in self._parts(number)])
+            for number, of_page in enumerate(spans)
+        ]
         super().__init__(visits)
 
     def _parts(self, number: int) -> list[Tensor]:

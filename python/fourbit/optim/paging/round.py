@@ -28,6 +28,20 @@ class Piece(NamedTuple):
     addresses: tuple[int, int]
 
 
+def pieces_of(spans: Sequence[Span], bases: Sequence[int]) -> list[Piece]:
+    """What a page is to step.
+
+    Args:
+        spans: what it holds of that.
+        bases: where its ranges will be.
+    """
+    pieces = []
+    for span in spans:
+        first, second = (bases[place.part] + place.offset for place in span.places)
+        pieces.append(Piece(span.param, span.start, span.stop, (first, second)))
+    return pieces
+
+
 class Round:
     """A round in which everything is where it is stepped: one launch and nothing else.
 

@@ -29,9 +29,17 @@ from collections.abc import Callable, Container, Sequence
 from torch import Tensor
 
 from fourbit.optim.paging.card import Allocations, Card, Event, Stream
-from fourbit.optim.paging.pages import GRANULE, PAGE_BYTES, Moments, Page, Pages, Span, Wanted
-from fourbit.optim.paging.report import Counters
-from fourbit.optim.paging.round import Piece, Round, Streams, Waits, chosen, run_visits, seconds
+from fourbit.optim.paging.paged import PagedMoments
+from fourbit.optim.paging.pages import GRANULE, PAGE_BYTES, Moments, Page, Wanted
+from fourbit.optim.paging.round import (
+    Piece,
+    Round,
+    Waits,
+    chosen,
+    pieces_of,
+    run_visits,
+    seconds,
+)
 from fourbit.optim.paging.schedule import Visit, schedule
 
 RESERVE = 64 * 2**20
@@ -44,15 +52,13 @@ LOOK_EVERY = 64
 """Steps after which pages are prefetched though they should be there: others use memory too."""
 
 
-class UnifiedPager:
+class UnifiedPager(PagedMoments):
     """As `Pager`."""
 
     name = "unified"
 
     def __init__(self, card: Card) -> None:
-        self._card = card
-        self._pages = Pages()
-        self._streams: Streams | None = None
+        super().__init__(card)
         # Pages that are on the card, as far as is known.
         self._present: set[Page] = set()
         # What torch and pages have of the card, and what is free: together.
@@ -61,17 +67,6 @@ class UnifiedPager:
         self._arrival: Event | None = None
         self._seen: Allocations | None = None
         self._steps_since_look = 0
-        self.counters = Counters()
-
-    @property
-    def pages(self) -> int:
-        """As `Pager`."""
-        return len(self._pages.all)
-
-    @property
-    def nbytes(self) -> int:
-        """As `Pager`."""
-        return self._pages.nbytes
 
     @property
     def resident_bytes(self) -> int:
@@ -92,13 +87,9 @@ class UnifiedPager:
         self._seen = None
         return moments
 
-    def holds(self, param: Tensor, moments: Moments) -> bool:
-        """As `Pager`."""
-        return self._pages.holds(param, moments)
-
     def keep(self, params: Container[Tensor]) -> None:
         """As `Pager`."""
-        self._pages.keep(params)
+        super().keep(params)
         self._present.intersection_update(self._pages.all)
 
     def begin(self, moments: dict[Tensor, Moments]) -> Round:
@@ -114,7 +105,7 @@ class UnifiedPager:
         pages = self._pages.all
         numbers, spans = chosen(pages, moments)
         pieces = {
-            number: _pieces(pages[number], of_page)
+            number: pieces_of(of_page, [part.address for part in pages[number].ranges])
             for number, of_page in zip(numbers, spans, strict=True)
         }
         if all(pages[number] in self._present for number in numbers):
@@ -188,11 +179,6 @@ class UnifiedPager:
         self._shared = free + torchs.reserved + have
         return free + have
 
-    def _side_streams(self) -> Streams:
-        if self._streams is None:
-            self._streams = Streams(self._card.side_stream(), self._card.side_stream())
-        return self._streams
-
     def _bring(self, page: Page, stream: Stream) -> bool:
         if not self._prefetch(page, stream, to_card=True):
             return False
@@ -213,15 +199,6 @@ class UnifiedPager:
             for part in page.ranges
         ]
         return all(moved)
-
-
-def _pieces(page: Page, spans: Sequence[Span]) -> list[Piece]:
-    bases = [part.address for part in page.ranges]
-    pieces = []
-    for span in spans:
-        first, second = (bases[place.part] + place.offset for place in span.places)
-        pieces.append(Piece(span.param, span.start, span.stop, (first, second)))
-    return pieces
 
 
 class _UnifiedRound(Round):
