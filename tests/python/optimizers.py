@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
+from adamw_steps import parameters
 from fourbit.optim import PagedAdamW
 
 KEY = "fourbit.optimizer"
 """Where a file has the options."""
-
-
-def parameters(shapes, dtype=torch.float32, seed=0) -> list[nn.Parameter]:
-    source = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=source).to(dtype)) for shape in shapes]
 
 
 def step(optimizer: PagedAdamW, number: int, *, without: frozenset[int] = frozenset()) -> None:
@@ -41,7 +36,7 @@ def same(one: Any, two: Any) -> bool:
 
 def stepped(bits: int = 8) -> PagedAdamW:
     """Three steps of a tensor with state of that width, and a small one; a third has no state."""
-    optimizer = PagedAdamW(parameters([(90, 70), (40,), (8, 8)]), lr=1e-2, state_bits=bits)
+    optimizer = PagedAdamW(parameters((90, 70), (40,), (8, 8)), lr=1e-2, state_bits=bits)
     for number in range(3):
         step(optimizer, number, without=frozenset({2}))
     return optimizer

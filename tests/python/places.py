@@ -7,7 +7,6 @@ sees it.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,11 +144,3 @@ def assert_same_tensors(found: Tensor, expected: Tensor, what: str) -> None:
     found, expected = found.detach().cpu(), expected.detach().cpu()
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape), what
     assert same_bytes(found.reshape(-1), expected.reshape(-1)), what
-
-
-def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded

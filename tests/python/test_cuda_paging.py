@@ -12,6 +12,7 @@ import pickle
 import pytest
 import torch
 
+from adamw_steps import saved_and_loaded
 from fourbit import PagedAdamW
 from places import (
     PAGED,
@@ -20,7 +21,6 @@ from places import (
     assert_same_tensors,
     params_of,
     set_gradients,
-    through_a_file,
     train,
 )
 from tensors import DTYPES
@@ -111,7 +111,7 @@ def test_state_is_right_as_soon_as_a_step_returns(place, pager):
         train([step], expected)
         set_gradients(step, paged)
         paged.step()
-        states = [paged.state_dict(), through_a_file(paged.state_dict())]
+        states = [paged.state_dict(), saved_and_loaded(paged.state_dict())]
         twin = expected.state_dict()["state"]
         for found in states:
             for index, fields in twin.items():
@@ -150,7 +150,7 @@ def test_resumed_elsewhere_in_the_same_bits(place, before, after):
 
     whole, first, second = place.unpaged(), build(before), build(after)
     train(range(3), whole, first)
-    second.load_state_dict(through_a_file(first.state_dict()))
+    second.load_state_dict(saved_and_loaded(first.state_dict()))
     for param, saved in zip(params_of(second), params_of(first), strict=True):
         param.data.copy_(saved)
     assert_same(second, whole)
@@ -174,7 +174,7 @@ def test_saved_at_step_50_and_resumed_it_equals_the_uninterrupted_at_100(place, 
         for _ in range(3)
     )
     train(range(half), whole, first)
-    saved = through_a_file(first.state_dict())
+    saved = saved_and_loaded(first.state_dict())
     for param, twin in zip(params_of(second), params_of(first), strict=True):
         param.data.copy_(twin)
     del first
@@ -243,7 +243,7 @@ def test_a_thousand_optimizers_leave_nothing(place, pager):
     param.grad = torch.ones_like(param)
     first = PagedAdamW([param], pager=pager, state_bits=32)
     first.step()
-    saved = through_a_file(first.state_dict())
+    saved = saved_and_loaded(first.state_dict())
     del first
     gc.collect()
     before = place.in_use()

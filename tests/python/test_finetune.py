@@ -17,6 +17,7 @@ from fourbit import DataError
 from fourbit.finetuning import FinetuneReport, FinetuneStoppedError
 from fourbit.finetuning.curve import draw_loss_curve, running_mean
 from fourbit.finetuning.record import latest_checkpoint, read_record
+from optimizers import same
 
 FAQ = REPOSITORY / "examples" / "data" / "faq.jsonl"
 # Dropout is on, so that a run resumes exactly only if the random state does.
@@ -190,16 +191,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         schedules.append(torch.load(path, weights_only=True))
     assert same(*schedules)
     assert optimizer_bytes(output) == optimizer_bytes(whole)
-
-
-def same(one: Any, two: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return bool(one == two)
 
 
 def test_a_resumed_run_is_the_same_run(

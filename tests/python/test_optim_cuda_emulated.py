@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from torch import nn
 
 import emulate
 import emulated_optimizer
+from adamw_steps import saved_and_loaded
 from emulated_optimizer import PAGE, on_cpu
 from fake_card import FakeCard
 from fourbit import CudaError, PagedAdamW
@@ -79,13 +79,6 @@ def assert_same(one, other):
         assert state.keys() == expected.keys()
         for field, tensor in expected.items():
             assert torch.equal(state[field], tensor), field
-
-
-def through_a_file(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("pager", PAGERS)
@@ -199,7 +192,7 @@ def test_resumed_elsewhere_is_paged_there_and_equals_the_uninterrupted(card, bef
 
     whole, first, second = oracle(), build(before), build(after)
     train(range(5), whole, first)
-    second[1].load_state_dict(through_a_file(first[1].state_dict()))
+    second[1].load_state_dict(saved_and_loaded(first[1].state_dict()))
     for param, saved in zip(second[0], first[0], strict=True):
         param.data.copy_(saved)
     assert_same(second, whole)
@@ -215,7 +208,7 @@ def test_a_state_dict_that_fails_half_way_leaves_all_as_it_was(card, pager):
     """The state, where it is paged, what is allocated and what is counted."""
     cpu, (params, optimizer) = oracle(), made(pager)
     train(range(3), cpu, (params, optimizer))
-    damaged = through_a_file(optimizer.state_dict())
+    damaged = saved_and_loaded(optimizer.state_dict())
     damaged["state"][6]["exp_avg"][-1] = float("nan")
     report, live = optimizer.paging_report(), dict(card.live)
     with pytest.raises(ValueError, match="exp_avg of parameter 6 holds NaN"):

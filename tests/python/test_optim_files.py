@@ -22,9 +22,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import save_child
+from adamw_steps import parameters
 from fourbit import CheckpointError, NonFiniteError
 from fourbit.optim import PagedAdamW, load_optimizer, save_optimizer
-from optimizers import KEY, parameters, same, step, stepped
+from optimizers import KEY, same, step, stepped
 
 HERE = Path(__file__).parent
 
@@ -53,7 +54,7 @@ def test_what_is_loaded_is_what_was_saved(
     tmp_path_factory, shapes, dtype, cut, widths, without, steps, lr, named
 ) -> None:
     def made(seed: int, bits: tuple[int, int], lr: float) -> PagedAdamW:
-        params: list[Any] = parameters(shapes, dtype, seed)
+        params: list[Any] = parameters(*shapes, dtype=dtype, seed=seed)
         if named:
             params = [(f"layers.{index}.weight", param) for index, param in enumerate(params)]
         parts = [part for part in (params[:cut], params[cut:]) if part]
@@ -85,7 +86,7 @@ def test_a_resumed_run_ends_in_the_same_bits(bits: int, tmp_path: Path) -> None:
     shapes = [(90, 70), (40,), (8, 8)]
     runs = []
     for resumed in (False, True):
-        params = parameters(shapes)
+        params = parameters(*shapes)
         optimizer = PagedAdamW(params, lr=1e-2, state_bits=bits)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
         for number in range(20):
@@ -144,7 +145,7 @@ def test_tensors_have_the_names_of_their_parameters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "line\nbreak", "x" * 1001, "é" * 501])
 def test_names_that_no_tensor_can_have(name: str, tmp_path: Path) -> None:
-    optimizer = PagedAdamW([(name, parameters([(3,)])[0])])
+    optimizer = PagedAdamW([(name, parameters((3,))[0])])
     step(optimizer, 0)
     save_optimizer(optimizer, tmp_path / "x")
     with safe_open(tmp_path / "x", "pt") as file:
@@ -153,7 +154,7 @@ def test_names_that_no_tensor_can_have(name: str, tmp_path: Path) -> None:
 
 
 def test_options_of_all_kinds(tmp_path: Path) -> None:
-    params = parameters([(3,), (4,)])
+    params = parameters((3,), (4,))
     extra = {"names": ["a", "b"], "pair": (1, [2.5, None]), "flag": True, "count": 3, "inner": ""}
     optimizer = PagedAdamW(
         [{"params": params[:1], **extra}, {"params": params[1:], "lr": 1}],
@@ -177,7 +178,7 @@ def test_options_of_all_kinds(tmp_path: Path) -> None:
 
 def test_what_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="is a AdamW, not a PagedAdamW"):
-        save_optimizer(torch.optim.AdamW(parameters([(3,)])), tmp_path / "x")  # type: ignore[arg-type]
+        save_optimizer(torch.optim.AdamW(parameters((3,))), tmp_path / "x")  # type: ignore[arg-type]
     optimizer = stepped(32)
     optimizer.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, "more": 1})
     with pytest.raises(ValueError, match="entry 'more'"):
@@ -205,12 +206,12 @@ def test_an_optimizer_that_accelerate_has_wrapped(tmp_path: Path) -> None:
 def test_from_a_card_and_to_a_card(bits: int, tmp_path: Path) -> None:
     """The file does not say where state was, and the run goes on in the same bits."""
     shapes = [(90, 70), (3000, 2000), (40,)]
-    params = [nn.Parameter(param.detach().cuda()) for param in parameters(shapes)]
+    params = [nn.Parameter(param.detach().cuda()) for param in parameters(*shapes)]
     optimizer = PagedAdamW(params, state_bits=bits)
     for number in range(2):
         step(optimizer, number)
     save_optimizer(optimizer, tmp_path / "card")
-    on_host = PagedAdamW(parameters(shapes), state_bits=bits)
+    on_host = PagedAdamW(parameters(*shapes), state_bits=bits)
     load_optimizer(on_host, tmp_path / "card")
     save_optimizer(on_host, tmp_path / "host")
     assert (tmp_path / "host").read_bytes() == (tmp_path / "card").read_bytes()

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 import fourbit
+from adamw_steps import parameters
 from fourbit import CheckpointError
 from fourbit.optim import PagedAdamW, load_optimizer, save_optimizer
-from optimizers import KEY, parameters, same, step, stepped
+from optimizers import KEY, same, step, stepped
 
 
 class Damaged:
@@ -238,20 +239,20 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no fourbit\.optimizer; it is a file of anot"):
         load_optimizer(optimizer, path)
     with pytest.raises(TypeError, match="not a PagedAdamW"):
-        load_optimizer(torch.optim.AdamW(parameters([(3,)])), path)  # type: ignore[arg-type]
+        load_optimizer(torch.optim.AdamW(parameters((3,))), path)  # type: ignore[arg-type]
 
 
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
     """A flipped bit is refused, or in a place that says nothing, and the same state is read."""
     path = tmp_path / "x"
-    optimizer = PagedAdamW(parameters([(64, 64), (9,)]), state_bits=8)
+    optimizer = PagedAdamW(parameters((64, 64), (9,)), state_bits=8)
     step(optimizer, 0)
     wanted = copy.deepcopy(optimizer.state_dict())
     save_optimizer(optimizer, path)
     good = path.read_bytes()
     (length,) = struct.unpack("<Q", good[:8])
     source = torch.Generator().manual_seed(0)
-    target = PagedAdamW(parameters([(64, 64), (9,)]), state_bits=8)
+    target = PagedAdamW(parameters((64, 64), (9,)), state_bits=8)
     untouched = copy.deepcopy(target.state_dict())
     bits = [
         *torch.randint(0, 8 * (8 + length), (1500,), generator=source).tolist(),
@@ -269,7 +270,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
         else:
             passed.append(bit)
             assert same(target.state_dict(), wanted), bit
-            target = PagedAdamW(parameters([(64, 64), (9,)]), state_bits=8)
+            target = PagedAdamW(parameters((64, 64), (9,)), state_bits=8)
     # The value and the key of "format", no more.
     assert len(passed) < 30
     for cut in torch.randint(0, len(good), (200,), generator=source).tolist():
