@@ -8,6 +8,8 @@ The modules, in the order in which data flows through them:
 ``quantized``       `quantize`, `QuantizedTensor`
 ``checkpoint``      `convert`, `verify`, `inspect`: folders, without a model
 ``linear``          `Linear4bit`
+``expert_ops``      the operators of mixtures of experts
+``experts``         3-D weights of experts in few bits
 ``lora``            adapters: `add_lora`, `save_adapter`, `load_adapter`, `merge`, `unmerge`
 ``model``           `quantize_model`
 ``model_io``        `save`, `load`: models and folders
@@ -108,6 +110,8 @@ _HOMES = {
 }
 _MODULE_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = {home.partition(".")[0] for home in _HOMES} | {
+    "expert_ops",
+    "experts",
     "layout",
     "loading",
     "nvrtc",

@@ -460,6 +460,15 @@ class _LinearTransposed(torch.autograd.Function):
         return _product(gradient, None, *ctx.saved_tensors, *ctx.layout), *([None] * 8)
 
 
+def autocast_operand(x: Tensor) -> Tensor:
+    """An operand in autocast's dtype, where that is on."""
+    device = x.device.type
+    # The meta device knows no autocast and would raise.
+    if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def _product(x: Tensor, bias: Tensor | None, *weight: Tensor | str | int | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, *weight)  # type: ignore[no-any-return]
@@ -497,10 +506,7 @@ def linear(
     Returns:
         [..., out_features] in the dtype of the computation.
     """
-    device = x.device.type
-    # The meta device knows no autocast and would raise.
-    if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point():
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocast_operand(x)
     weight = (packed, absmax, nested_absmax, nested_offset)
     layout = (codebook, block_size, out_features, in_features)
     return _product(x, bias, *weight, *layout)
