@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fourbit
 from fourbit.experts import (
     ExpertsLayout,
     QuantizedExperts,
@@ -22,11 +27,6 @@ from fourbit.experts import (
     set_empty_experts,
     set_experts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
-import fourbit
 
 # Products in float32 against float64: a sum of at most 96 terms of the order of one, each rounded.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
