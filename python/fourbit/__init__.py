@@ -13,7 +13,7 @@ The modules, in the order in which data flows through them:
 ``lora``            adapters: `add_lora`, `save_adapter`, `load_adapter`, `merge`, `unmerge`
 ``model``           `quantize_model`
 ``model_io``        `save`, `load`: models and folders
-``integrations``    `from_pretrained`
+``integrations``    `from_pretrained`; PEFT on 4-bit layers
 ``training``        `prepare_for_training`
 ``optim``           `PagedAdamW`, `save_optimizer`, `load_optimizer`
 ``data``            training data, checked before a run
@@ -36,6 +36,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fourbit._core import CheckpointError, CudaError, NonFiniteError, __version__
+from fourbit.integrations.on_import import when_imported
 
 if TYPE_CHECKING:
     from fourbit.checkpoint import convert, inspect, verify
@@ -134,3 +135,10 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Public names and modules, loaded or not."""
     return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+def _teach_peft() -> None:
+    import_module("fourbit.integrations.peft").install_when_imported()
+
+
+when_imported("peft", _teach_peft)

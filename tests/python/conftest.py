@@ -77,6 +77,20 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def scipy(monkeypatch):
+    """PEFT makes no configuration of LoftQ without scipy, which ours does not use."""
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    found = find_spec("json")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: found if name == "scipy" else find_spec(name, *a),
+    )
+
+
 @pytest.fixture(scope="session")
 def plain_folder(tmp_path_factory):
     """A random Llama of two blocks in bfloat16, with the tokenizer of the model that ships."""

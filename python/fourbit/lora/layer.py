@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fourbit import ops
 from fourbit.linear import Linear4bit
 from fourbit.lora.config import scaling
+from fourbit.lora.dora import KeptNorms, add_dora, row_norms
 from fourbit.quantized import QuantizedTensor
 
 InitLora: TypeAlias = bool | Literal["default", "gaussian"]
@@ -94,7 +95,7 @@ class LoraLinear(nn.Module):
         self.lora_B = _empty_linear(r, self.out_features, base_layer.weight.device, dtype)
         self.register_parameter("lora_magnitude_vector", None)
         self._original: QuantizedTensor | DenseOriginal | None = None
-        self._norm_cache: tuple[tuple[Any, ...], Tensor] | None = None
+        self._norms = KeptNorms()
         self.reset_lora_parameters(init_lora_weights, generator=generator)
         if use_dora:
             magnitude = torch.empty(self.out_features, dtype=dtype, device=base_layer.weight.device)
@@ -167,52 +168,29 @@ class LoraLinear(nn.Module):
         dropped = self.lora_dropout(side_input)
         down: Tensor = self.lora_A(dropped)
         if self.lora_magnitude_vector is None:
-            return self._add_side(result, down)
+            return add_side(result, down, self.lora_B.weight, self.scaling).to(result.dtype)
         side: Tensor = self.lora_B(down) * self.scaling
-        factor: Tensor = self.lora_magnitude_vector / self.weight_norm()
         # Dropout acts on the whole input of the direction, that of the frozen weight included.
         if self.training and isinstance(self.lora_dropout, nn.Dropout):
             direction = base_product(self.base_layer, dropped)
         else:
             direction = result if self.bias is None else result - self.bias
-        total = result + (factor - 1) * direction + factor * side
-        return total.to(result.dtype)
-
-    def _add_side(self, result: Tensor, down: Tensor) -> Tensor:
-        """``result + scaling * B(down)`` in the wider dtype of both, rounded once to the first's.
-
-        The product adds itself into the output, which is the layer's own memory: of all tensors as
-        large as the output there is one where the dtypes agree, and three passes over it are saved.
-        """
-        dtype = torch.promote_types(result.dtype, down.dtype)
-        total = result.to(dtype).reshape(-1, self.out_features)
-        up = self.lora_B.weight.to(dtype)  # operators in place know no autocast
-        total = total.addmm_(down.to(dtype).reshape(-1, self.r), up.T, alpha=self.scaling)
-        return total.view(result.shape).to(result.dtype)
+        factor: Tensor = self.lora_magnitude_vector / self.weight_norm()
+        return add_dora(result, direction, side, factor).to(result.dtype)
 
     def weight_norm(self) -> Tensor:
         """Row norms of ``W + scaling * B A``, float32 [out_features], detached.
 
-        They are kept between calls only where nothing is trained (eval mode without gradients), and
-        until a parameter changes in place or `train` or `eval` is called. An edit through
-        ``.data`` cannot be seen: call ``eval()`` after it.
+        In eval mode without gradients they are kept between calls, see `KeptNorms`.
         """
-        keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        with torch.no_grad():
-            if not keep:
-                return row_norms(direction_weight(self))
-            parts = (*self.base_layer.parameters(), self.lora_A.weight, self.lora_B.weight)
-            # Inference tensors have no version by which a change could be noticed.
-            if any(part.is_inference() for part in parts):
-                return row_norms(direction_weight(self))
-            key = tuple((id(part), part._version, part.data_ptr()) for part in parts)
-            if self._norm_cache is None or self._norm_cache[0] != key:
-                self._norm_cache = (key, row_norms(direction_weight(self)))
-            return self._norm_cache[1]
+        parts = (*self.base_layer.parameters(), self.lora_A.weight, self.lora_B.weight)
+        return self._norms.get(
+            parts, self.scaling, lambda: direction_weight(self), training=self.training
+        )
 
     def train(self, mode: bool = True) -> LoraLinear:
         """As ``nn.Module.train``; forgets kept norms."""
-        self._norm_cache = None
+        self._norms.forget()
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -220,6 +198,25 @@ class LoraLinear(nn.Module):
         kind = "DoRA" if self.lora_magnitude_vector is not None else "LoRA"
         state = ", merged" if self.merged else ""
         return f"{kind}, r={self.r}, scaling={self.scaling:g}{state}"
+
+
+def add_side(result: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """``result + scaling * down up^T``, in the wider dtype of `result` and `down`.
+
+    The product adds itself into the output, which is the layer's own memory: of all tensors as
+    large as the output there is one where the dtypes agree, and three passes over it are saved.
+
+    Args:
+        result: [..., out_features]; written to where it has the wider dtype.
+        down: [..., r].
+        up: [out_features, r].
+        scaling: of the product.
+    """
+    dtype = torch.promote_types(result.dtype, down.dtype)
+    total = result.to(dtype).reshape(-1, up.shape[0])
+    up = up.to(dtype)  # operators in place know no autocast
+    total = total.addmm_(down.to(dtype).reshape(-1, up.shape[1]), up.T, alpha=scaling)
+    return total.view(result.shape)
 
 
 def base_product(base: nn.Linear, x: Tensor) -> Tensor:
@@ -288,12 +285,6 @@ def direction_weight(module: LoraLinear) -> Tensor:
     a, b = module.lora_A.weight.detach().float(), module.lora_B.weight.detach().float()
     # In place: of matrices as large as the weight there is one, not three.
     return original_weight(module).addmm_(b, a, alpha=module.scaling)
-
-
-def row_norms(weight: Tensor) -> Tensor:
-    """Euclidean norms of rows, never zero: a row of zeros shall stay one, not become NaN."""
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
-    return norms.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 @torch.no_grad()

@@ -1,0 +1,14 @@
+"""PEFT on 4-bit layers. Nothing has to be called: importing fourbit is enough.
+
+===========  =====================================================================================
+``hook``     what is changed in PEFT, and how it is taken back
+``support``  what LoRA can be on a `Linear4bit`; the rest is refused by name
+``layer``    `LoraLinear4bit`: LoRA, rsLoRA, PiSSA, OLoRA on a `Linear4bit`; merge, unmerge
+``dora``     the same with learned row norms
+``loftq``    adapters that start as the correction of the base's rounding
+===========  =====================================================================================
+"""
+
+from fourbit.integrations.peft.hook import install, install_when_imported, uninstall
+
+__all__ = ["install", "install_when_imported", "uninstall"]
