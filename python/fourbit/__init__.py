@@ -36,7 +36,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fourbit._core import CheckpointError, CudaError, NonFiniteError, __version__
-from fourbit.integrations.on_import import when_imported
+from fourbit.integrations import on_import
 
 if TYPE_CHECKING:
     from fourbit.checkpoint import convert, inspect, verify
@@ -137,8 +137,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_SUBMODULES})
 
 
-def _teach_peft() -> None:
-    import_module("fourbit.integrations.peft").install_when_imported()
-
-
-when_imported("peft", _teach_peft)
+on_import.install()

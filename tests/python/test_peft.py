@@ -18,8 +18,8 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
 from fourbit import Linear4bit
+from fourbit.integrations import on_import
 from fourbit.integrations import peft as ours
-from fourbit.integrations.on_import import when_imported
 from fourbit.integrations.peft.layer import LoraLinear4bit
 from fourbit.quantized import quantize
 from lora_models import llama, logits, quantize_linears, relative, tokens
@@ -371,25 +371,23 @@ def test_importing_is_enough() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_callbacks_wait_for_a_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_wait_for_a_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some_library.py").write_text("value = 1")
+    (tmp_path / "some_hook.py").write_text(
+        "import some_library\ncalls = []\ndef register(): calls.append(some_library.value)"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    called: list[str] = []
-    when_imported("some_library", lambda: called.append("first"))
-    when_imported("some_library", lambda: called.append("second"))
-    # Libraries ask whether others are installed, before and after.
+    monkeypatch.setitem(on_import.HOOKS, "some_library", "some_hook")
+    # Libraries ask whether others are installed.
     assert importlib.util.find_spec("some_library") is not None
-    assert not called
+    assert "some_hook" not in sys.modules
     module = importlib.import_module("some_library")
-    assert called == ["first", "second"]
-    assert module.value == 1
+    assert sys.modules["some_hook"].calls == [1]
     assert module.__spec__.loader is module.__loader__
-    assert type(module.__loader__).__module__.startswith(("_frozen", "importlib"))
-    when_imported("some_library", lambda: called.append("at once"))
-    importlib.reload(module)
-    assert called == ["first", "second", "at once"]
-    when_imported("no_such_library", lambda: called.append("never"))
+    assert not type(module.__loader__).__module__.startswith("fourbit")
+    monkeypatch.setitem(on_import.HOOKS, "no_such_library", "some_hook")
     assert importlib.util.find_spec("no_such_library") is None
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("no_such_library")
-    del sys.modules["some_library"]
+    monkeypatch.delitem(sys.modules, "some_library")
+    monkeypatch.delitem(sys.modules, "some_hook")

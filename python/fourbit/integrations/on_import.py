@@ -1,72 +1,88 @@
-"""`when_imported`: do something to a library as soon as it is there, without importing it."""
+"""Registration with other libraries when they are imported, and not before.
+
+``import fourbit`` takes milliseconds and loads none of these libraries, and still
+``AutoModelForCausalLM.from_pretrained`` knows folders of fourbit, whichever of the two libraries is
+imported first: a finder on ``sys.meta_path`` sees the library's own module being imported, and
+registers right after it has run. Nothing else about the import changes.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
-_waiting: dict[str, list[Callable[[], object]]] = {}
+# The module of a library: the module of ours whose `register()` follows it.
+HOOKS = {
+    "peft": "fourbit.integrations.peft.hook",
+}
 
 
-def when_imported(module: str, callback: Callable[[], object]) -> None:
-    """Call `callback` once, when the module has been imported; at once if it is there already.
-
-    Args:
-        module: a top-level module. It need not be installed.
-        callback: what to do. An error of it is an error of the import.
-    """
-    if module in sys.modules:
-        callback()
+def install() -> None:
+    """Register with what is imported already, and with the rest when it is."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    _waiting.setdefault(module, []).append(callback)
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder())
+    for library in HOOKS:
+        if _is_ready(library):
+            _register(library)
+
+
+def _is_ready(library: str) -> bool:
+    module = sys.modules.get(library)
+    spec = getattr(module, "__spec__", None)
+    return module is not None and not getattr(spec, "_initializing", False)
+
+
+def _register(library: str) -> None:
+    try:
+        import_module(HOOKS[library]).register()
+    except Exception as error:
+        # The library itself works, and someone may need it for something else.
+        warnings.warn(
+            f"fourbit is not registered with {library.partition('.')[0]}: {error}", stacklevel=2
+        )
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: it puts a step of ours behind the loader that the others find."""
+    """Finds what the finders behind it find, with our loader around theirs."""
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None = None,
-        target: ModuleType | None = None,
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _waiting:
+        if fullname not in HOOKS:
             return None
-        callbacks = _waiting.pop(fullname)
-        try:
-            spec = find_spec(fullname)
-        finally:
-            # To look for a module is not to import it: libraries ask whether others are installed.
-            _waiting[fullname] = callbacks
-        if spec is None or spec.loader is None:
-            return None
-        spec.loader = _Loader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find(fullname, path, target) if find is not None else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Registering(spec.loader)
+                return spec
+        return None
 
 
-class _Loader(Loader):
-    """Another loader, and then the callbacks."""
+class _Registering(Loader):
+    """Another loader, whose modules are registered with once they have run."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, inner: Loader) -> None:
+        self._inner = inner
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.loader, name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+        return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__
-        if spec is not None:
-            spec.loader = self.loader
-        module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        for callback in _waiting.pop(module.__name__, []):
-            callback()
+        assert spec is not None
+        # The module shall look as if it had been loaded without us.
+        spec.loader = module.__loader__ = self._inner
+        self._inner.exec_module(module)
+        _register(module.__name__)

@@ -9,6 +9,6 @@
 ===========  =====================================================================================
 """
 
-from fourbit.integrations.peft.hook import install, install_when_imported, uninstall
+from fourbit.integrations.peft.hook import install, uninstall
 
-__all__ = ["install", "install_when_imported", "uninstall"]
+__all__ = ["install", "uninstall"]

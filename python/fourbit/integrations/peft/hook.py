@@ -62,12 +62,9 @@ def uninstall() -> None:
     _originals.clear()
 
 
-def install_when_imported() -> None:
-    """`install`, as the import of PEFT calls it: a version that does not fit is only warned of."""
-    try:
-        install()
-    except ImportError as error:
-        warnings.warn(str(error), stacklevel=2)
+def register() -> None:
+    """What the import of PEFT calls."""
+    install()
 
 
 def has_linear4bit(model: nn.Module) -> bool:
