@@ -13,7 +13,7 @@ The modules, in the order in which data flows through them:
 ``lora``            adapters: `add_lora`, `save_adapter`, `load_adapter`, `merge`, `unmerge`
 ``model``           `quantize_model`
 ``model_io``        `save`, `load`: models and folders
-``integrations``    `from_pretrained`; PEFT on 4-bit layers
+``integrations``    `from_pretrained`, `NF4Config`; PEFT on 4-bit layers
 ``training``        `prepare_for_training`
 ``optim``           `PagedAdamW`, `save_optimizer`, `load_optimizer`
 ``data``            training data, checked before a run
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from fourbit.export import export_merged
     from fourbit.finetuning import FinetuneOptions, finetune
     from fourbit.generation import generate
-    from fourbit.integrations.transformers import from_pretrained
+    from fourbit.integrations.transformers.config import NF4Config
+    from fourbit.integrations.transformers.folders import from_pretrained
     from fourbit.linear import Linear4bit
     from fourbit.lora import add_lora, load_adapter, remove_lora, save_adapter
     from fourbit.lora.merge import merge, unmerge
@@ -63,6 +64,7 @@ __all__ = [
     "DataError",
     "FinetuneOptions",
     "Linear4bit",
+    "NF4Config",
     "NonFiniteError",
     "PagedAdamW",
     "QuantizedTensor",
@@ -100,7 +102,8 @@ _HOMES = {
     "export": ("export_merged",),
     "finetuning": ("FinetuneOptions", "finetune"),
     "generation": ("generate",),
-    "integrations.transformers": ("from_pretrained",),
+    "integrations.transformers.config": ("NF4Config",),
+    "integrations.transformers.folders": ("from_pretrained",),
     "linear": ("Linear4bit",),
     "lora": ("add_lora", "load_adapter", "merge", "remove_lora", "save_adapter", "unmerge"),
     "model": ("quantize_model",),

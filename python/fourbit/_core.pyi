@@ -10,6 +10,7 @@ from torch import Tensor
 __version__: str
 DEFAULT_CHUNK_BYTES: int
 DEFAULT_MAX_SHARD_BYTES: int
+FORMAT_VERSION: int
 MAX_HEADER_BYTES: int
 MAX_TENSORS: int
 ADAMW_SEGMENT_BYTES: int
@@ -22,6 +23,7 @@ __all__ = [
     "COUNTER_SLOTS",
     "DEFAULT_CHUNK_BYTES",
     "DEFAULT_MAX_SHARD_BYTES",
+    "FORMAT_VERSION",
     "MAX_HEADER_BYTES",
     "MAX_TENSORS",
     "OLDEST_CAPABILITY",
@@ -55,6 +57,7 @@ __all__ = [
     "kernel_register",
     "kernel_source",
     "load_nvrtc",
+    "matched_modules",
     "matvec_tensor_takes",
     "product_cut",
     "quantize",
@@ -400,4 +403,7 @@ def read_header(
     path: str | PathLike[str],
 ) -> tuple[dict[str, str], list[tuple[str, str, list[int], int, int]]]: ...
 def kept_module(name: str) -> str | None: ...
+def matched_modules(
+    only: list[str], skip: list[str], modules: list[str]
+) -> tuple[list[bool], list[bool]]: ...
 def small_files(folder: str | PathLike[str]) -> list[str]: ...

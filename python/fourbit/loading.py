@@ -54,7 +54,7 @@ def load_model(folder: Path, dtype: Any = None) -> Any:
         dtype: of what is not quantized, and so of the computation; None keeps the folder's.
     """
     if folder_kind(folder) == "4bit":
-        from fourbit.integrations.transformers import from_pretrained
+        from fourbit.integrations.transformers.folders import from_pretrained
 
         return from_pretrained(folder, dtype=dtype)
     from transformers import AutoModelForCausalLM

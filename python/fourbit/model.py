@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -34,8 +33,8 @@ def quantize_model(
         codebook: "nf4", "fp4", "int4", an ``{index: value}`` map or a `Codebook`.
         block_size: elements of a weight that share a scale.
         double_quant: whether the scales are quantized too.
-        only: glob patterns over paths of layers; others stay, and heads and routers that match do
-            not.
+        only: glob patterns over paths of layers, as ``fourbit.convert`` takes them; others stay,
+            and heads and routers that match do not.
         skip: glob patterns over paths of layers that stay.
 
     Returns:
@@ -46,28 +45,7 @@ def quantize_model(
         ValueError: for a pattern that matches no linear layer, or a model without any to quantize.
     """
     book = as_codebook(codebook)
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
-    }
-    for pattern in (*only, *skip):
-        if not any(fnmatchcase(path, pattern) for path in layers):
-            raise ValueError(f"the pattern {pattern!r} matches no linear layer of the model")
-    tied = _tied_parameters(model)
-
-    def wanted(path: str, layer: nn.Linear) -> bool:
-        if id(layer.weight) in tied or layer.weight.numel() < block_size:
-            return False
-        if any(fnmatchcase(path, pattern) for pattern in skip):
-            return False
-        if only:
-            return any(fnmatchcase(path, pattern) for pattern in only)
-        return _core.kept_module(path) is None and layer is not _output_embeddings(model)
-
-    targets = {path: layer for path, layer in layers.items() if wanted(path, layer)}
-    if not targets:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
+    targets = layers_to_quantize(model, block_size=block_size, only=only, skip=skip)
     for path, layer in targets.items():
         try:
             quantized = Linear4bit.from_linear(
@@ -77,6 +55,53 @@ def quantize_model(
             raise type(error)(f"layer {path}: {error}") from None
         replace_module(model, layer, quantized.train(layer.training))
     return model
+
+
+def layers_to_quantize(
+    model: nn.Module,
+    *,
+    block_size: int = 64,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    keep: Callable[[str], bool] = lambda path: False,
+) -> dict[str, nn.Linear]:
+    """The layers that `quantize_model` replaces, by path; the model may be on the meta device.
+
+    Args:
+        model: any module.
+        block_size: layers smaller than a block stay.
+        only: as in `quantize_model`.
+        skip: as in `quantize_model`.
+        keep: says of a path that its layer stays, whatever `only` says.
+
+    Raises:
+        ValueError: for a pattern that is no glob or matches no linear layer, or if there is
+            nothing to quantize.
+    """
+    # What inherits from nn.Linear may compute something else with its weight.
+    layers = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
+    named, skipped = _core.matched_modules(list(only), list(skip), list(layers))
+    tied = _tied_parameters(model)
+    head = _output_embeddings(model)
+
+    def wanted(path: str, layer: nn.Linear, named: bool) -> bool:
+        if id(layer.weight) in tied or layer.weight.numel() < block_size or keep(path):
+            return False
+        return named if only else _core.kept_module(path) is None and layer is not head
+
+    targets = {
+        path: layer
+        for (path, layer), is_named, is_skipped in zip(layers.items(), named, skipped, strict=True)
+        if not is_skipped and wanted(path, layer, is_named)
+    }
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to quantize: all that it has are heads, "
+            "routers, tied, smaller than a block, or left out by the options"
+        )
+    return targets
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -92,6 +93,25 @@ def plain_group(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def _quantized_group(name: str, layer: Linear4bit) -> TensorGroup:
+    parts = stored_parts(name, layer)
+    return TensorGroup(
+        [(part.name, part.dtype, part.shape) for part in parts],
+        lambda: (part.tensor() for part in parts),
+    )
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One of the tensors that a quantized weight is in a file, and how to get its bytes."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    tensor: Callable[[], Tensor]
+
+
+def stored_parts(name: str, layer: Linear4bit) -> list[StoredPart]:
+    """The tensors of a file that hold a layer's weight, which is called `name` there."""
     quantized = layer.quantized()
     offset = quantized.nested_offset
     parts, state = _core.quantized_layout(
@@ -102,12 +122,15 @@ def _quantized_group(name: str, layer: Linear4bit) -> TensorGroup:
         shape=list(quantized.shape),
         nested_offset=None if offset is None else ops.float_values(offset.cpu()).item(),
     )
-
-    def tensors() -> Iterator[Tensor]:
-        for part in parts:
-            yield _part(quantized, part["part"], state)
-
-    return TensorGroup([(part["name"], part["dtype"], part["shape"]) for part in parts], tensors)
+    return [
+        StoredPart(
+            part["name"],
+            part["dtype"],
+            part["shape"],
+            partial(_part, quantized, part["part"], state),
+        )
+        for part in parts
+    ]
 
 
 def _part(quantized: QuantizedTensor, part: str, state: bytes) -> Tensor:

@@ -94,6 +94,8 @@ struct BitsandbytesFields<'a> {
     bnb_4bit_compute_dtype: &'static str,
     bnb_4bit_quant_storage: &'static str,
     llm_int8_skip_modules: &'a [String],
+    /// Says that we wrote it; other readers pass over it.
+    fourbit_format_version: u32,
 }
 
 /// The same for codebooks that only we read.
@@ -106,6 +108,7 @@ struct FourbitFields<'a> {
     double_quant: bool,
     compute_dtype: &'static str,
     skip_modules: &'a [String],
+    fourbit_format_version: u32,
 }
 
 impl Quantization<'_> {
@@ -120,6 +123,7 @@ impl Quantization<'_> {
                 bnb_4bit_compute_dtype: compute_dtype,
                 bnb_4bit_quant_storage: "uint8",
                 llm_int8_skip_modules: self.skipped,
+                fourbit_format_version: names::FORMAT_VERSION,
             })
         } else {
             serde_json::to_string_pretty(&FourbitFields {
@@ -130,6 +134,7 @@ impl Quantization<'_> {
                 double_quant: self.double_quant,
                 compute_dtype,
                 skip_modules: self.skipped,
+                fourbit_format_version: names::FORMAT_VERSION,
             })
         };
         // Plain values: it cannot fail.

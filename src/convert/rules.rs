@@ -300,6 +300,24 @@ pub fn must_be_skipped(tensor: &TensorInfo, decision: Decision) -> Option<&str> 
     })
 }
 
+/// Which of the weights of some modules patterns match: `only`'s, then `skip`'s.
+///
+/// # Errors
+/// [`Error::Option`] for a pattern that is no glob, or that matches none.
+pub fn matched_modules(
+    only: &[String],
+    skip: &[String],
+    modules: &[String],
+) -> Result<(Vec<bool>, Vec<bool>)> {
+    let weights: Vec<String> = modules.iter().map(|m| format!("{m}.weight")).collect();
+    let matched = |option, texts: &[String]| -> Result<Vec<bool>> {
+        let patterns = Patterns::new(option, texts)?;
+        patterns.check(weights.iter().map(String::as_str))?;
+        Ok(weights.iter().map(|name| patterns.matches(name)).collect())
+    };
+    Ok((matched("only", only)?, matched("skip", skip)?))
+}
+
 /// Globs over tensor names; one that names the module means its weight.
 #[derive(Debug)]
 struct Patterns {

@@ -135,6 +135,16 @@ pub(super) fn kept_module(name: &str) -> Option<&'static str> {
     core::rules::kept_module(name).map(core::rules::Reason::text)
 }
 
+/// Which linear layers `only` and `skip` match, as the converter matches their weights.
+#[pyfunction]
+pub(super) fn matched_modules(
+    only: Vec<String>,
+    skip: Vec<String>,
+    modules: Vec<String>,
+) -> PyResult<(Vec<bool>, Vec<bool>)> {
+    core::rules::matched_modules(&only, &skip, &modules).map_err(|error| to_python(&error))
+}
+
 /// The names of the small files of a folder that a copy of its model needs, without `config.json`.
 #[pyfunction]
 pub(super) fn small_files(py: Python<'_>, folder: PathBuf) -> PyResult<Vec<String>> {

@@ -27,7 +27,7 @@ mod _core {
         verify,
     };
     #[pymodule_export]
-    use super::convert::{convert, kept_module, small_files};
+    use super::convert::{convert, kept_module, matched_modules, small_files};
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use super::cuda::{
@@ -62,6 +62,7 @@ mod _core {
         module.add("COUNTER_SLOTS", crate::gpu::products::COUNTER_SLOTS)?;
         module.add("SLOT_COUNTERS", crate::gpu::products::SLOT_COUNTERS)?;
         module.add("MAX_HEADER_BYTES", crate::checkpoint::MAX_HEADER_BYTES)?;
+        module.add("FORMAT_VERSION", crate::checkpoint::FORMAT_VERSION)?;
         module.add("MAX_TENSORS", crate::checkpoint::MAX_TENSORS)?;
         module.add("DEFAULT_MAX_SHARD_BYTES", DEFAULT_MAX_SHARD_BYTES)?;
         module.add("DEFAULT_CHUNK_BYTES", DEFAULT_CHUNK_BYTES)

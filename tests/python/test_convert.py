@@ -167,6 +167,7 @@ def test_the_config_gains_one_key_and_keeps_its_numbers(tmp_path):
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head"],
+        "fourbit_format_version": 1,
     }
 
 

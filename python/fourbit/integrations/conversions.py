@@ -8,12 +8,14 @@ stands in transformers, and is asked here, never written down. This is the only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fourbit._core import CheckpointError
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,6 +24,7 @@ try:
         WeightConverter,
         apply_renamings,
         dot_natural_key,
+        rename_source_key,
     )
 except ImportError as error:
     import transformers
@@ -111,6 +114,69 @@ class _Resized:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+class Naming:
+    """The names that a checkpoint's tensors have in a model, and what is made of several of them.
+
+    Args:
+        model: of transformers; it may be on the meta device. Its names are those it has now: a
+            layer that is quantized later has its weight under the same name.
+    """
+
+    def __init__(self, model: Any) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._model = model
+        self._state = model.state_dict()
+        self._prefix = model.base_model_prefix
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+        self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
+
+    def place(self, name: str) -> tuple[str, str | None]:
+        """Where a tensor goes: a name in the model, and what it is made by.
+
+        The latter is None for a tensor that is there as it is, under this name or another; it is a
+        pattern of the table for one that goes into a tensor of several.
+        """
+        # A model that has the name as it is needs no table.
+        if name in self._state:
+            return name, None
+        found: tuple[str, str | None] = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self._state
+        )
+        return found
+
+    def sorted(self, names: Iterable[str]) -> list[str]:
+        """Names in the order in which tensors are put together: numbers in them count."""
+        return sorted(names, key=dot_natural_key)
+
+    def make(
+        self, target: str, sources: Sequence[str], tensors: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of the model, by name, that are made of some of a checkpoint.
+
+        Args:
+            target: the name that `place` gave for all of them.
+            sources: their names in the checkpoint, sorted.
+            tensors: they themselves.
+
+        Raises:
+            CheckpointError: if they are not those that the table expects.
+        """
+        patterns = [self.place(name)[1] for name in sources]
+        if patterns[0] is None:
+            return {target: tensors[0]}
+        converter = deepcopy(self._by_pattern[patterns[0]])
+        for name, pattern, tensor in zip(sources, patterns, tensors, strict=True):
+            converter.add_tensor(target, name, pattern, tensor)
+        try:
+            made = converter.convert(target, model=self._model, config=self._model.config)
+        except Exception as error:
+            # Whatever it is, the tensors are not those that the table of transformers expects.
+            names = f"{sources[0]} and {len(sources) - 1} more"
+            raise CheckpointError(f"{target} cannot be made of {names}: {error}") from error
+        return {name: _one(tensor) for name, tensor in made.items()}
 
 
 def _one(tensor: Any) -> Tensor:

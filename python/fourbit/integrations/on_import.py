@@ -20,6 +20,7 @@ from typing import Any
 # The module of a library: the module of ours whose `register()` follows it.
 HOOKS = {
     "peft": "fourbit.integrations.peft.hook",
+    "transformers.quantizers.auto": "fourbit.integrations.transformers.registration",
 }
 
 

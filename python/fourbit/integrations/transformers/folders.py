@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from fourbit._core import CheckpointError
+from fourbit.integrations.conversions import Naming
 from fourbit.model_io import Made, load
 
 
@@ -91,56 +91,17 @@ def _arrange(
     state = model.state_dict()
     if all(name in state for name in (*quantized, *plain)):
         return {}, []
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    transforms = get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    prefix = model.base_model_prefix
-
-    def place(name: str) -> tuple[str, str | None]:
-        # A model that has the name as it is needs no table.
-        if name in state:
-            return name, None
-        found: tuple[str, str | None] = rename_source_key(
-            name, renamings, converters, prefix, state
-        )
-        return found
-
+    naming = Naming(model)
     # Packed codes can be renamed and nothing else.
-    places = {name: place(name) for name in quantized}
+    places = {name: naming.place(name) for name in quantized}
     renamed = {name: new for name, (new, pattern) in places.items() if pattern is None}
-    groups: dict[str, list[tuple[str, str | None]]] = {}
-    for name in sorted(plain, key=dot_natural_key):
-        target, pattern = place(name)
+    groups: dict[str, list[str]] = {}
+    for name in naming.sorted(plain):
+        target, pattern = naming.place(name)
         if target != name and (pattern is not None or target not in groups):
-            groups.setdefault(target, []).append((name, pattern))
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-
-    def make(
-        target: str, sources: list[tuple[str, str | None]], tensors: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        if sources[0][1] is None:
-            return {target: tensors[0]}
-        converter = deepcopy(by_pattern[sources[0][1]])
-        for (name, pattern), tensor in zip(sources, tensors, strict=True):
-            converter.add_tensor(target, name, pattern, tensor)
-        try:
-            made = converter.convert(target, model=model, config=model.config)
-        except Exception as error:
-            # Whatever it is, the tensors are not those that the table of transformers expects.
-            names = f"{sources[0][0]} and {len(sources) - 1} more"
-            raise CheckpointError(f"{target} cannot be made of {names}: {error}") from error
-        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
-
+            groups.setdefault(target, []).append(name)
     return renamed, [
-        ([name for name, _ in sources], partial(make, target, sources))
-        for target, sources in groups.items()
+        (sources, partial(naming.make, target, sources)) for target, sources in groups.items()
     ]
 
 

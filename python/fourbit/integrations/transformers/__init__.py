@@ -1,0 +1,11 @@
+"""transformers.
+
+==================  ==============================================================================
+``folders``         `fourbit.from_pretrained`: our folders, without transformers' loader
+``config``          `NF4Config`: what ``quantization_config=`` takes
+``quantizer``       what transformers calls while it loads, saves and dequantizes a model
+``operations``      one tensor on its way from a file into the model
+``checkpoints``     which layers of a model are quantized in a folder
+``registration``    how transformers comes to know of all this
+==================  ==============================================================================
+"""
