@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fourbit._core import CheckpointError
-from fourbit.integrations.conversions import Naming
 from fourbit.model_io import Made, load
 
 
@@ -91,6 +90,8 @@ def _arrange(
     state = model.state_dict()
     if all(name in state for name in (*quantized, *plain)):
         return {}, []
+    from fourbit.integrations.conversions import Naming
+
     naming = Naming(model)
     # Packed codes can be renamed and nothing else.
     places = {name: naming.place(name) for name in quantized}
