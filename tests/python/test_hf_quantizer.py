@@ -374,7 +374,7 @@ def test_the_import_of_transformers_is_as_it_was():
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_the_4_bit_model_and_one_tensor(tmp_path):
+def test_memory_is_that_of_the_4_bit_model_and_one_tensor(dense, tmp_path):
     """Of a checkpoint of half a gigabyte; the pages of its mapped files are not the process's."""
     config = transformers.LlamaConfig(
         hidden_size=1024,
@@ -392,12 +392,11 @@ def test_memory_is_that_of_the_4_bit_model_and_one_tensor(tmp_path):
     config.dtype = "bfloat16"
     config.save_pretrained(tmp_path)
     script = REPOSITORY / "tests" / "python" / "load_child.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(script), str(dense), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     grown, model, largest = map(int, done.stdout.split())
     dense_bytes = sum(2 * t.numel() for t in tensors.values())
     assert dense_bytes > 500 << 20
-    # Beside the tensor, float32 scales before they are quantized, and the allocator's slack.
-    assert model < grown < model + 2 * largest + (32 << 20) < dense_bytes / 2
+    # Above: a tensor, its parts and the allocator's slack. Below: what the small model left free.
+    assert 0.9 * model < grown < model + 2 * largest + (16 << 20) < dense_bytes / 2
