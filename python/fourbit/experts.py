@@ -149,6 +149,11 @@ class QuantizedExperts:
             layout.dtype,
         )
 
+    def to(self, device: torch.device | str) -> QuantizedExperts:
+        """On another device."""
+        parts = (None if part is None else part.to(device) for part in self.parts)
+        return QuantizedExperts(self.layout, *parts)  # type: ignore[arg-type]
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[experts, rows, columns] in `dtype`, by default that before quantization."""
         output = torch.empty(
@@ -311,10 +316,11 @@ def experts_weight(module: nn.Module, name: str) -> QuantizedExperts:
 def remove_experts(module: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
     """Put the dense weight back in the place of a quantized one."""
     dense = experts_weight(module, name).dequantize(dtype)
-    for ending in PARTS:
+    for ending in PARTS[1:]:
         del module._parameters[name + ending]
     layouts = experts_layouts(module)
     module.__dict__["_fourbit_experts"] = {n: v for n, v in layouts.items() if n != name}
+    # In its place: PEFT's adapters of experts stand in the order of the parameters.
     module.register_parameter(name, nn.Parameter(dense, requires_grad=False))
 
 

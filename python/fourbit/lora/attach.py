@@ -6,25 +6,33 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fourbit._core import NonFiniteError
+from fourbit.experts import experts_layouts
 from fourbit.linear import Linear4bit
 from fourbit.lora import loftq
 from fourbit.lora.config import AdapterConfig, TargetRule, named
+from fourbit.lora.experts import ExpertsLora, LoraExperts, experts_shape
 from fourbit.lora.layer import InitLora, LoraLinear
 from fourbit.lora.targets import (
     ALL_LINEAR,
     check_each_name_matches,
     check_each_pattern_matches,
+    experts_weights,
+    find_experts,
     find_targets,
+    names_of_experts,
     shortest_names,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
+
+LoraLayer: TypeAlias = LoraLinear | LoraExperts
+"""What stands in a model in the place of a layer with an adapter."""
 
 _STATE = "_fourbit_adapter"
 
@@ -76,6 +84,7 @@ def add_lora(
     lora_alpha: float = 16,
     lora_dropout: float = 0.1,
     target_modules: str | Sequence[str] = ALL_LINEAR,
+    target_parameters: Sequence[str] | None = None,
     use_rslora: bool = False,
     use_dora: bool = False,
     init_lora_weights: InitLora | Literal["loftq"] = "default",
@@ -89,14 +98,24 @@ def add_lora(
 ) -> Model:
     """Put a trainable low-rank adapter beside linear layers and freeze everything else, in place.
 
+    The 3-D weights of mixtures of experts are linear layers too, one for each expert, and each
+    expert gets an adapter of its own. "all-linear" has them, as QLoRA's paper has every linear
+    layer of the transformer blocks; the router, which only chooses, is left as it is. Adapters of
+    all experts are many numbers: see what `adapter_size` says, and take a lower rank for them
+    (``rank_pattern={"experts.*": 8}``) or leave them out (``target_parameters=()``).
+
     Args:
-        model: any module; its linear layers may be ``nn.Linear`` or `Linear4bit`.
+        model: any module; its linear layers may be ``nn.Linear`` or `Linear4bit`, its weights of
+            experts dense or in 4 bits.
         r: rank of the adapters.
         lora_alpha: the adapter's output is multiplied by ``lora_alpha / r``.
         lora_dropout: probability with which an input of the adapter is zeroed in training.
         target_modules: "all-linear" (every linear layer but the output head), a list of names
             (whole paths, or their last parts such as "q_proj"), or a regular expression that
             matches whole paths.
+        target_parameters: names of 3-D weights of experts, whole or their last parts, such as
+            "experts.down_proj". By default all of them with "all-linear", else none; with an
+            empty list none.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead (arXiv 2312.03732).
         use_dora: learn the norm of each row apart from its direction (arXiv 2402.09353).
         init_lora_weights: "default" (or True) and "gaussian" leave the model's output as it is;
@@ -128,6 +147,7 @@ def add_lora(
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+        target_parameters=_experts_option(model, target_modules, target_parameters),
         use_rslora=use_rslora,
         use_dora=use_dora,
         modules_to_save=_as_tuple(modules_to_save),
@@ -137,14 +157,25 @@ def add_lora(
     if not adapter_dtype.is_floating_point:
         raise ValueError(f"adapter_dtype is {adapter_dtype}; use float32, bfloat16 or float16")
     refuse_adapters(model)
-    rule = TargetRule(config.target_modules, (), config.modules_to_save)
+    rule = TargetRule(
+        config.target_modules,
+        modules_to_save=config.modules_to_save,
+        target_parameters=config.target_parameters,
+    )
     targets = find_targets(model, rule)
-    check_each_name_matches(config.target_modules, targets)
+    experts = find_experts(model, rule)
+    check_each_name_matches(config.target_modules, targets, model)
+    weights = [f"{path}.{name}" for path, names in experts.items() for name in names]
     for option in ("rank_pattern", "alpha_pattern"):
-        check_each_pattern_matches(option, getattr(config, option), targets)
+        check_each_pattern_matches(option, getattr(config, option), [*targets, *weights])
     if config.target_modules == ALL_LINEAR:
         config = replace(config, target_modules=shortest_names(targets, model))
     if init_lora_weights == "loftq":
+        if experts:
+            raise ValueError(
+                f'init_lora_weights="loftq" is for linear layers, and {weights[0]} is a weight of '
+                "experts; pass target_parameters=() to leave experts without adapters"
+            )
         starts = _loftq_starts(model, targets, config, loftq_iterations, loftq_weights)
         layer_init: InitLora = "default"
     else:
@@ -152,11 +183,29 @@ def add_lora(
             raise ValueError('loftq_weights is only used with init_lora_weights="loftq"')
         starts, layer_init = {}, init_lora_weights
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    layers = build_layers(
-        targets, config, init=layer_init, dtype=adapter_dtype, generator=generator, starts=starts
-    )
-    install(model, config, targets, layers, trainable=True)
+    layers: dict[str, LoraLayer] = {
+        **build_layers(
+            targets,
+            config,
+            init=layer_init,
+            dtype=adapter_dtype,
+            generator=generator,
+            starts=starts,
+        ),
+        **build_experts(
+            model, experts, config, init=layer_init, dtype=adapter_dtype, generator=generator
+        ),
+    }
+    install(model, config, layers, trainable=True)
     return model
+
+
+def _experts_option(
+    model: nn.Module, modules: str | Sequence[str], parameters: Sequence[str] | None
+) -> tuple[str, ...]:
+    if parameters is not None:
+        return _as_tuple(parameters)
+    return names_of_experts(experts_weights(model), model) if modules == ALL_LINEAR else ()
 
 
 def build_layers(
@@ -193,11 +242,41 @@ def build_layers(
     return layers
 
 
+def build_experts(
+    model: nn.Module,
+    targets: Mapping[str, Sequence[str]],
+    config: AdapterConfig,
+    *,
+    init: InitLora = "default",
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> dict[str, LoraExperts]:
+    """The adapters of modules of experts, not yet in the model, given the names of weights."""
+    layers: dict[str, LoraExperts] = {}
+    for path, names in targets.items():
+        base = model.get_submodule(path)
+        adapters = {
+            name: ExpertsLora(
+                experts_shape(base, name),
+                r=config.rank(f"{path}.{name}"),
+                lora_alpha=config.alpha(f"{path}.{name}"),
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                init_lora_weights=init,
+                dtype=dtype,
+                device=getattr(base, name).device,
+                generator=generator,
+            )
+            for name in names
+        }
+        layers[path] = LoraExperts(base, adapters)
+    return layers
+
+
 def install(
     model: nn.Module,
     config: AdapterConfig,
-    targets: Mapping[str, nn.Linear],
-    layers: Mapping[str, LoraLinear],
+    layers: Mapping[str, LoraLayer],
     *,
     trainable: bool,
 ) -> AdapterState:
@@ -208,7 +287,8 @@ def install(
     saved = {path: copy.deepcopy(module) for path, module in find_saved(model, config).items()}
     model.requires_grad_(False)
     state = AdapterState(config)
-    replacements: dict[nn.Module, nn.Module] = {targets[path]: layers[path] for path in layers}
+    # The module that is there, which a layer's base is not where LoftQ has made another.
+    replacements = {model.get_submodule(path): layer for path, layer in layers.items()}
     _replace(model, replacements)
     for path, twin in saved.items():
         state.saved[path] = model.get_submodule(path)
@@ -266,14 +346,12 @@ def remove_lora(model: Model) -> Model:
     return model
 
 
-def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
-    """The layers with an adapter, by path in the model."""
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)
-    }
+def lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers and modules of experts with an adapter, by path in the model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def adapter_parameters(layer: LoraLinear) -> list[nn.Parameter]:
+def adapter_parameters(layer: LoraLayer) -> list[nn.Parameter]:
     """What is trained of a layer."""
     return [part for name, part in layer.named_parameters() if not name.startswith("base_layer.")]
 
@@ -290,6 +368,10 @@ def adapter_size(model: nn.Module) -> AdapterSize:
         module.in_features * module.out_features
         for module in model.modules()
         if isinstance(module, Linear4bit)
+    ) + sum(
+        layout.shape.numel()
+        for module in model.modules()
+        for layout in experts_layouts(module).values()
     )
     return AdapterSize(
         parameters=sum(part.numel() for part in trained),
@@ -347,7 +429,7 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
     """Put modules in the place of others, under every name they have (layers may be shared)."""
     new = set(replacements.values())
     for parent in list(model.modules()):
-        if parent in new or isinstance(parent, LoraLinear):
+        if parent in new or isinstance(parent, LoraLayer):
             continue
         for name, child in parent._modules.items():
             if child is not None and child in replacements:

@@ -25,7 +25,8 @@ class AdapterConfig:
         lora_alpha: numerator of the scaling.
         lora_dropout: probability with which an input of the adapter is zeroed in training.
         target_modules: names of layers (whole, or the last parts of a path), or a regular
-            expression that matches whole paths.
+            expression that matches whole paths; none where only experts have adapters.
+        target_parameters: names of 3-D weights of experts, whole or the last parts of a path.
         use_rslora: scaling ``lora_alpha / sqrt(r)`` (arXiv 2312.03732), not ``lora_alpha / r``.
         use_dora: learn the norm of each row apart from its direction (arXiv 2402.09353).
         modules_to_save: modules that are trained whole, by name.
@@ -40,6 +41,7 @@ class AdapterConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
@@ -60,7 +62,15 @@ class AdapterConfig:
             raise ValueError(f"lora_dropout is {dropout!r}; it must be a number")
         if not 0 <= dropout < 1:
             raise ValueError(f"lora_dropout is {dropout}; it must be at least 0 and below 1")
-        _check_pattern("target_modules", self.target_modules)
+        if self.target_parameters:
+            _check_pattern("target_parameters", self.target_parameters)
+        if self.target_modules or not self.target_parameters:
+            _check_pattern("target_modules", self.target_modules)
+        if self.use_dora and self.target_parameters:
+            raise ValueError(
+                "use_dora is for linear layers, and target_parameters names weights of experts, "
+                f"{', '.join(self.target_parameters)}; pass target_parameters=() to leave them out"
+            )
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, option):
                 _check_pattern(option, pattern)
@@ -85,7 +95,9 @@ class AdapterConfig:
         """The contents of ``adapter_config.json``.
 
         ``init_lora_weights`` is always true: the start of an adapter that was trained is of no
-        interest, and other values make PEFT change the base when it loads the adapter.
+        interest, and other values make PEFT change the base when it loads the adapter. With
+        `target_parameters`, ``lora_dropout`` is always 0: PEFT refuses to load another, though
+        only training has dropout.
         """
         targets = self.target_modules
         return {
@@ -99,13 +111,14 @@ class AdapterConfig:
             "layers_pattern": None,
             "layers_to_transform": None,
             "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
+            "lora_dropout": 0.0 if self.target_parameters else self.lora_dropout,
             "modules_to_save": list(self.modules_to_save) or None,
             "peft_type": "LORA",
             "r": self.r,
             "rank_pattern": dict(self.rank_pattern),
             "revision": None,
             "target_modules": targets if isinstance(targets, str) else list(targets),
+            "target_parameters": list(self.target_parameters) or None,
             "task_type": task_type,
             "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
@@ -122,6 +135,8 @@ class TargetRule:
         modules_to_save: modules that are trained whole; layers inside get no adapter.
         layers_to_transform: numbers of the blocks to which a list of targets is limited.
         layers_pattern: names of the lists that hold the blocks; by default any.
+        target_parameters: as in `AdapterConfig`; as in PEFT, `exclude_modules` and
+            `layers_to_transform` do not limit them.
     """
 
     target_modules: str | tuple[str, ...]
@@ -129,6 +144,7 @@ class TargetRule:
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
 
     @property
     def limited(self) -> bool:
@@ -204,7 +220,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "init_lora_weights": (True, False, None, "gaussian", "eva"),
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
@@ -217,7 +232,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Fields that we read, or that say nothing about the adapter's arithmetic.
 _KNOWN = {
     *_NEUTRAL,
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
+    *("use_rslora", "use_dora"),
     *("modules_to_save", "rank_pattern", "alpha_pattern", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "peft_type", "peft_version", "task_type"),
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
@@ -261,7 +277,8 @@ def read_config(path: Path) -> tuple[AdapterConfig, TargetRule]:
 
 
 def _parse(fields: Mapping[str, Any]) -> tuple[AdapterConfig, TargetRule]:
-    if "r" not in fields or not fields.get("target_modules"):
+    targets = fields.get("target_modules") or fields.get("target_parameters")
+    if "r" not in fields or not targets:
         missing = "target_modules" if "r" in fields else "r"
         raise ValueError(f"the field {missing} is missing")
     config = AdapterConfig(
@@ -270,6 +287,7 @@ def _parse(fields: Mapping[str, Any]) -> tuple[AdapterConfig, TargetRule]:
         lora_alpha=fields.get("lora_alpha", 8),
         lora_dropout=fields.get("lora_dropout", 0.0),
         target_modules=_names(fields, "target_modules"),
+        target_parameters=_name_list(fields, "target_parameters"),
         use_rslora=_flag(fields, "use_rslora"),
         use_dora=_flag(fields, "use_dora"),
         modules_to_save=_name_list(fields, "modules_to_save"),
@@ -287,6 +305,7 @@ def _parse(fields: Mapping[str, Any]) -> tuple[AdapterConfig, TargetRule]:
         config.modules_to_save,
         _numbers(fields, "layers_to_transform"),
         layers_pattern,
+        config.target_parameters,
     )
     return config, rule
 

@@ -2,7 +2,8 @@
 
 A folder with ``adapter_model.safetensors`` and ``adapter_config.json``. Keys are those of PEFT:
 ``base_model.model.<path>.lora_A.weight`` [r, in_features], ``.lora_B.weight`` [out_features, r],
-``.lora_magnitude_vector`` [out_features], and the plain names of `modules_to_save`.
+``.lora_magnitude_vector`` [out_features], and the plain names of `modules_to_save`;
+`fourbit.lora.experts_files` says how experts' adapters are laid out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from fourbit._core import CheckpointError, NonFiniteError
 from fourbit.files import sync_folder, write_aside
 from fourbit.lora.attach import (
+    LoraLayer,
     adapter_state,
+    build_experts,
     build_layers,
     find_saved,
     install,
@@ -30,8 +33,16 @@ from fourbit.lora.attach import (
     refuse_adapters,
 )
 from fourbit.lora.config import CONFIG_NAME, AdapterConfig, TargetRule, named, read_config
+from fourbit.lora.experts import LoraExperts
+from fourbit.lora.experts_files import check_experts, fill_experts, take_experts, tensors_of
 from fourbit.lora.layer import LoraLinear
-from fourbit.lora.targets import find_targets, linear_layers, shortest_names
+from fourbit.lora.targets import (
+    ALL_LINEAR,
+    find_experts,
+    find_targets,
+    linear_layers,
+    shortest_names,
+)
 from fourbit.tensor_file import TensorFile
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,6 +50,8 @@ Model = TypeVar("Model", bound=nn.Module)
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+# In the metadata of the tensors, where `AdapterConfig.to_peft` cannot say it.
+_DROPOUT = "lora_dropout"
 
 
 def save_adapter(
@@ -78,7 +91,10 @@ def save_adapter(
     config = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_files(folder, safetensors.torch.save(tensors, metadata={"format": "pt"}), config)
+    metadata = {"format": "pt"}
+    if fields["lora_dropout"] != state.config.lora_dropout:
+        metadata[_DROPOUT] = repr(state.config.lora_dropout)
+    _replace_files(folder, safetensors.torch.save(tensors, metadata=metadata), config)
 
 
 def load_adapter(
@@ -110,16 +126,22 @@ def load_adapter(
     config, rule = read_config(config_path)
     if any(part.is_meta for part in model.parameters()):
         raise ValueError("the model is on the meta device; load its weights before the adapter's")
-    contents = _sort(_read_tensors(weights_path), model, config, weights_path)
+    tensors, config = _read_tensors(weights_path, config)
+    contents = _sort(tensors, model, config, weights_path)
+    experts = _check_experts(model, config, rule, contents, weights_path)
     targets = _check_targets(model, rule, contents, weights_path)
     config = _named_config(model, config, rule, contents)
     _check_shapes(config, targets, contents, weights_path)
     saved_states = _check_saved(model, config, contents, weights_path)
     generator = torch.Generator()
-    layers = build_layers(targets, config, generator=generator)
-    for path, layer in layers.items():
+    linears = build_layers(targets, config, generator=generator)
+    for path, layer in linears.items():
         _fill(layer, contents.layers[path])
-    install(model, config, targets, layers, trainable=trainable)
+    mixtures = build_experts(model, experts, config, generator=generator)
+    for path, mixture in mixtures.items():
+        fill_experts(mixture, contents.experts[path])
+    layers: dict[str, LoraLayer] = {**linears, **mixtures}
+    install(model, config, layers, trainable=trainable)
     for path, tensors in saved_states.items():
         model.get_submodule(path).load_state_dict(tensors)
     return model
@@ -131,6 +153,9 @@ def load_adapter(
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, layer in lora_modules(model).items():
+        if isinstance(layer, LoraExperts):
+            tensors.update(tensors_of(path, layer))
+            continue
         own = layer.state_dict()
         tensors.update({f"{path}.{part}": own[part] for part in _PARTS if part in own})
     for path in adapter_state(model).saved:
@@ -179,9 +204,13 @@ def _holds(path: Path, data: bytes) -> bool:
 
 @dataclass
 class _Contents:
-    """An adapter file by what its tensors are for: ``{path: {part or name: tensor}}``."""
+    """An adapter file by what its tensors are for: ``{path: {part or name: tensor}}``.
+
+    Those of experts: ``{path: {name of the weight: {part: tensor}}}``.
+    """
 
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    experts: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -202,9 +231,16 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
     raise FileNotFoundError(f"{folder} holds no complete adapter: {missing} is missing{hint}")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, config: AdapterConfig) -> tuple[dict[str, Tensor], AdapterConfig]:
+    """The tensors, and the config with what is said beside them."""
     # Stricter than the reader below, which lets a key stand twice.
-    TensorFile(path).close()
+    with TensorFile(path) as file:
+        dropout = file.metadata.get(_DROPOUT)
+    if dropout is not None:
+        try:
+            config = replace(config, lora_dropout=float(dropout))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -213,7 +249,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}; adapters are floating point")
         _check_finite(tensor, name, str(path))
-    return tensors
+    return tensors, config
 
 
 def _sort(
@@ -269,6 +305,22 @@ def _check_same_base(key: str, tensor: Tensor, layer: nn.Module | None, path: Pa
         raise CheckpointError(f"{path}: {key} differs from the model: an adapter for another base")
 
 
+def _check_experts(
+    model: nn.Module, config: AdapterConfig, rule: TargetRule, contents: _Contents, path: Path
+) -> dict[str, tuple[str, ...]]:
+    """The weights of experts that have adapters; their tensors move to ``contents.experts``."""
+    try:
+        experts = find_experts(model, rule)
+    except ValueError as error:
+        raise CheckpointError(f"{path.with_name(CONFIG_NAME)}: {error}") from None
+    for name, weights in experts.items():
+        contents.experts[name] = take_experts(contents.layers, name, weights)
+        check_experts(
+            model.get_submodule(name), name, contents.experts[name], config, path, prefix=_PREFIX
+        )
+    return experts
+
+
 def _check_targets(
     model: nn.Module, rule: TargetRule, contents: _Contents, path: Path
 ) -> dict[str, nn.Linear]:
@@ -304,7 +356,7 @@ def _named_config(
     model: nn.Module, config: AdapterConfig, rule: TargetRule, contents: _Contents
 ) -> AdapterConfig:
     """The config with targets and saved modules as `save_adapter` will write them."""
-    if rule.limited or rule.target_modules == "all-linear":
+    if rule.limited or rule.target_modules == ALL_LINEAR:
         config = replace(config, target_modules=shortest_names(contents.layers, model))
     unlisted = [path for path in contents.saved if not named(config.modules_to_save, path)]
     return replace(config, modules_to_save=(*config.modules_to_save, *unlisted))
@@ -343,7 +395,7 @@ def _check_saved(
     except ValueError as error:
         raise CheckpointError(f"{path.with_name(CONFIG_NAME)}: {error}") from None
     for owner, module in modules.items():
-        for layer in contents.layers:
+        for layer in (*contents.layers, *contents.experts):
             if f"{layer}.".startswith(f"{owner}."):
                 raise CheckpointError(
                     f"{path}: {layer} has an adapter, and {owner} is also there as a whole"

@@ -29,6 +29,19 @@ class DenseOriginal:
     weight: Tensor
 
 
+def check_init(init_lora_weights: object) -> None:
+    """Refuse an unknown start of an adapter.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not (isinstance(init_lora_weights, bool) or init_lora_weights in ("default", "gaussian")):
+        raise ValueError(
+            f"init_lora_weights is {init_lora_weights!r}; "
+            'use "default", "gaussian", "loftq", True or False'
+        )
+
+
 class LoraLinear(nn.Module):
     """``base(x) + scaling * B(A(dropout(x)))`` (arXiv 2106.09685), or its DoRA variant.
 
@@ -130,14 +143,8 @@ class LoraLinear(nn.Module):
         Raises:
             ValueError: for an unknown `init_lora_weights`.
         """
+        check_init(init_lora_weights)
         a, b = self.lora_A.weight, self.lora_B.weight
-        if not (
-            isinstance(init_lora_weights, bool) or init_lora_weights in ("default", "gaussian")
-        ):
-            raise ValueError(
-                f"init_lora_weights is {init_lora_weights!r}; "
-                'use "default", "gaussian", "loftq", True or False'
-            )
         if a.is_meta:
             return
         start = torch.empty(a.shape, dtype=torch.float32)

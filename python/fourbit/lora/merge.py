@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fourbit._core import NonFiniteError
+from fourbit.experts import QuantizedExperts, join_groups, set_experts
 from fourbit.linear import Linear4bit
-from fourbit.lora.attach import lora_modules
+from fourbit.lora.attach import LoraLayer, lora_modules
+from fourbit.lora.experts import LoraExperts, merged_experts, original_experts, stored_experts
 from fourbit.lora.layer import DenseOriginal, LoraLinear, base_weight, merged_weight
 from fourbit.lora.loftq import requantize
 from fourbit.quantized import QuantizedTensor
@@ -35,7 +39,10 @@ class LayerMerge:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How well a merge went, by path of the layer. Layers without any change count as exact."""
+    """How well a merge went, by path of the layer, or of the 3-D weight of experts.
+
+    Layers without any change count as exact.
+    """
 
     layers: Mapping[str, LayerMerge]
 
@@ -84,11 +91,15 @@ def merge(model: nn.Module) -> MergeReport:
     report: dict[str, LayerMerge] = {}
     try:
         for path, layer in layers.items():
-            report[path] = _merge_layer(path, layer)
+            if isinstance(layer, LoraExperts):
+                for name in layer.names:
+                    report[f"{path}.{name}"] = _merge_experts(path, layer, name)
+            else:
+                report[path] = _merge_layer(path, layer)
     except BaseException:
         for layer in layers.values():
             if layer.merged:
-                _unmerge_layer(layer)
+                _unmerge(layer)
         raise
     return MergeReport(report)
 
@@ -105,14 +116,24 @@ def unmerge(model: nn.Module) -> None:
         if not layer.merged:
             raise ValueError(f"{path} is not merged; there is nothing to undo")
     for layer in layers.values():
-        _unmerge_layer(layer)
+        _unmerge(layer)
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLinear]:
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
     layers = lora_modules(model)
     if not layers:
         raise ValueError("the model has no adapter; call fourbit.add_lora or load_adapter first")
     return layers
+
+
+def _unmerge(layer: LoraLayer) -> None:
+    if isinstance(layer, LoraExperts):
+        _unmerge_experts(layer)
+    else:
+        _unmerge_layer(layer)
+
+
+# --- linear layers --------------------------------------------------------------------------------
 
 
 def _merge_layer(path: str, layer: LoraLinear) -> LayerMerge:
@@ -130,7 +151,7 @@ def _merge_layer(path: str, layer: LoraLinear) -> LayerMerge:
         # float16 ends at 65504.
         _unmerge_layer(layer)
         raise NonFiniteError(f"the merged weight of {path} does not fit {base.weight.dtype}")
-    return _compare(before, wanted, base_weight(base))
+    return _compare([(before, wanted, base_weight(base))])
 
 
 def _unmerge_layer(layer: LoraLinear) -> None:
@@ -158,14 +179,80 @@ def _store(base: nn.Linear, weight: Tensor, original: QuantizedTensor | DenseOri
         base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
 
 
-def _compare(before: Tensor, wanted: Tensor, after: Tensor) -> LayerMerge:
-    change, error = wanted - before, after - wanted
-    size = torch.linalg.vector_norm(change).item()
-    if size == 0:
+# --- experts --------------------------------------------------------------------------------------
+
+
+def _merge_experts(path: str, layer: LoraExperts, name: str) -> LayerMerge:
+    wanted = merged_experts(layer, name)
+    if not wanted.isfinite().all():
+        raise NonFiniteError(
+            f"the adapter of {path}.{name} gives NaN or infinity; it cannot be merged"
+        )
+    before = original_experts(layer, name)
+    base, lora = layer.base_layer, layer.lora(name)
+    original = stored_experts(base, name)
+    lora._original = original
+    if isinstance(original, QuantizedExperts):
+        requantized = requantize_experts(wanted, original)
+        set_experts(base, name, requantized)
+        after = requantized.dequantize(torch.float32)
+    else:
+        dense = nn.Parameter(wanted.to(original.weight.dtype), requires_grad=False)
+        base.register_parameter(name, dense)
+        after = dense.float()
+    if not after.isfinite().all():
+        # float16 ends at 65504.
+        raise NonFiniteError(f"the merged {path}.{name} does not fit {getattr(base, name).dtype}")
+    return _compare(zip(before, wanted, after, strict=True))
+
+
+def requantize_experts(weight: Tensor, like: QuantizedExperts) -> QuantizedExperts:
+    """Another 3-D weight in the format of a quantized one; an unchanged group keeps its bytes.
+
+    Args:
+        weight: float32, of the shape before quantization.
+        like: what says how.
+    """
+    groups = []
+    for index, piece in enumerate(weight.reshape(like.layout.groups, -1)):
+        old = like.group(index)
+        # Requantizing moves even an unchanged weight a little where its scales are quantized too.
+        same = torch.equal(old.dequantize(torch.float32).view(-1), piece)
+        groups.append(old if same else requantize(piece.view(old.shape), old))
+    return join_groups(groups, like.layout.shape)
+
+
+def _unmerge_experts(layer: LoraExperts) -> None:
+    base = layer.base_layer
+    for name in layer.names:
+        lora = layer.lora(name)
+        original, device = lora._original, getattr(base, name).device
+        if isinstance(original, QuantizedExperts):
+            set_experts(base, name, original.to(device))
+        elif isinstance(original, DenseOriginal):
+            weight = original.weight
+            if weight.device != device:
+                weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
+            base.register_parameter(name, cast(nn.Parameter, weight))
+        lora._original = None
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def _compare(pieces: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LayerMerge:
+    """Of one weight in pieces: what it was, what it should be, what it is; all float32."""
+    squares = {"base": 0.0, "change": 0.0, "error": 0.0}
+    overlap = 0.0
+    for before, wanted, after in pieces:
+        change, error = wanted - before, after - wanted
+        for name, part in (("base", before), ("change", change), ("error", error)):
+            squares[name] += torch.linalg.vector_norm(part).item() ** 2
+        overlap += torch.sum((after - before) * change, dtype=torch.float64).item()
+    if squares["change"] == 0:
         return LayerMerge(relative_error=0.0, survived=1.0, change=0.0)
-    survived = torch.sum((after - before) * change, dtype=torch.float64).item() / size**2
     return LayerMerge(
-        relative_error=torch.linalg.vector_norm(error).item() / size,
-        survived=survived,
-        change=size / torch.linalg.vector_norm(before).clamp_min(1e-38).item(),
+        relative_error=math.sqrt(squares["error"] / squares["change"]),
+        survived=overlap / squares["change"],
+        change=math.sqrt(squares["change"] / max(squares["base"], 1e-76)),
     )

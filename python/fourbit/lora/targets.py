@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from fourbit.lora.config import TargetRule, fits, named
+from fourbit.lora.config import TargetRule, fits, named, within
+from fourbit.lora.experts import experts_parameters
 
 ALL_LINEAR = "all-linear"
 
@@ -48,14 +49,67 @@ def output_head(model: nn.Module) -> list[nn.Module]:
     return tied if head is None else [*tied, head]
 
 
+def experts_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The 3-D weights that can have adapters, by path of their module of experts."""
+    found = {path: experts_parameters(module) for path, module in model.named_modules() if path}
+    return {path: names for path, names in found.items() if names}
+
+
+def find_experts(model: nn.Module, rule: TargetRule) -> dict[str, tuple[str, ...]]:
+    """The 3-D weights that a rule's `target_parameters` names, by path of their module.
+
+    Raises:
+        ValueError: naming what matches nothing, or something that is no weight of experts, and
+            saying what the model has.
+    """
+    known = experts_weights(model)
+    weights = [f"{path}.{name}" for path, names in known.items() for name in names]
+    have = f"its weights of experts are {_known(weights)}"
+    for target in rule.target_parameters:
+        if any(named([target], weight) for weight in weights):
+            continue
+        other = next((path for path, _ in model.named_parameters() if named([target], path)), None)
+        if other is None:
+            raise ValueError(
+                f"target_parameters names {target!r}, which this model does not have; {have}"
+            )
+        raise ValueError(
+            f"target_parameters names {target!r}, and {other} is no 3-D weight of experts whose "
+            f"forward is known; name linear layers in target_modules; {have}"
+        )
+    chosen: dict[str, tuple[str, ...]] = {}
+    for path, names in known.items():
+        if any(within(saved, path) for saved in rule.modules_to_save):
+            continue
+        kept = tuple(name for name in names if named(rule.target_parameters, f"{path}.{name}"))
+        if kept:
+            chosen[path] = kept
+    return chosen
+
+
+def names_of_experts(chosen: Mapping[str, Sequence[str]], model: nn.Module) -> tuple[str, ...]:
+    """What `target_parameters` has to be for these weights of experts, and no others.
+
+    Names such as ``experts.down_proj`` where they are enough, else whole paths.
+    """
+    weights = [f"{path}.{name}" for path, names in chosen.items() for name in names]
+    short = tuple(dict.fromkeys(".".join(weight.split(".")[-2:]) for weight in weights))
+    everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if {weight for weight in everything if named(short, weight)} == set(weights):
+        return short
+    return tuple(weights)
+
+
 def find_targets(model: nn.Module, rule: TargetRule) -> dict[str, nn.Linear]:
-    """The layers that a rule names, by path.
+    """The linear layers that a rule names, by path; none where it names only experts.
 
     Raises:
         ValueError: naming what matches nothing, or something that is not a linear layer, and
             saying what the model has.
     """
     linear = linear_layers(model)
+    if not rule.target_modules and rule.target_parameters:
+        return {}
     if rule.target_modules == ALL_LINEAR:
         heads = {id(head) for head in output_head(model)}
         open_rule = TargetRule(".*", rule.exclude_modules, rule.modules_to_save)
@@ -77,12 +131,14 @@ def find_targets(model: nn.Module, rule: TargetRule) -> dict[str, nn.Linear]:
     if not found:
         raise ValueError(
             f"target_modules {_shown(rule.target_modules)} matches no layer of this model; "
-            f"its linear layers are {_known(linear)}"
+            f"its linear layers are {_known(linear)}{_hint(rule.target_modules, model)}"
         )
     return found
 
 
-def check_each_name_matches(targets: str | Sequence[str], found: Iterable[str]) -> None:
+def check_each_name_matches(
+    targets: str | Sequence[str], found: Iterable[str], model: nn.Module
+) -> None:
     """Refuse a list with a name that no layer bears: most likely it is misspelt.
 
     Raises:
@@ -95,6 +151,7 @@ def check_each_name_matches(targets: str | Sequence[str], found: Iterable[str]) 
         if not any(named([name], path) for path in paths):
             raise ValueError(
                 f"target_modules names {name!r}, which matches no linear layer of this model"
+                f"{_hint([name], model)}"
             )
 
 
@@ -132,6 +189,14 @@ def shortest_names(targets: Iterable[str], model: nn.Module) -> str | tuple[str,
 def _suffixes(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+
+
+def _hint(targets: str | Sequence[str], model: nn.Module) -> str:
+    for path, names in experts_weights(model).items():
+        for name in names:
+            if named(targets, f"{path}.{name}"):
+                return f"; {path}.{name} is a 3-D weight of experts: name it in target_parameters"
+    return ""
 
 
 def _known(linear: Iterable[str]) -> str:
