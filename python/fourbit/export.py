@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +16,21 @@ from torch import Tensor, nn
 from fourbit import _core
 from fourbit._core import NonFiniteError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
+from fourbit.experts import PARTS, experts_layouts, experts_weight
 from fourbit.linear import Linear4bit
-from fourbit.lora import LoraLinear, lora_modules, merged_weight
+from fourbit.lora import LoraExperts, LoraLayer, LoraLinear, merged_experts, merged_weight
 from fourbit.model_io import (
     TensorGroup,
     config_files,
-    plain_group,
     untied_state,
     was_untied,
     without_quantization,
     write_groups,
 )
 from fourbit.tensor_file import file_dtype
+
+if TYPE_CHECKING:
+    from fourbit.integrations.conversions import Conversions
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,7 +56,9 @@ def export_merged(
     """Write a plain checkpoint with the adapters added to the weights they were trained on.
 
     Each weight is dequantized, the adapter added in float32, and the sum rounded once; nothing of
-    the adapter is lost to 4 bits. Weights are made one at a time, and the model is not changed.
+    the adapter is lost to 4 bits. Weights are made one at a time, and the model is not changed. Of
+    models of transformers the tensors have the names that their checkpoints have, which may hold
+    the weights of experts one by one.
 
     Args:
         model: with adapters of ours, or without.
@@ -74,73 +81,142 @@ def export_merged(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; use bfloat16, float16 or float32")
-    adapters = lora_modules(model)
-    bases = {f"{path}.base_layer" for path in adapters}
-    # Further names of layers that stand in several places are left out, as those of tensors are.
-    adapter_paths = [
-        path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoraLinear)
-    ]
-    # With its adapter added, a weight is tied to no other any more.
-    state = untied_state(model, apart={f"{path}.base_layer.weight" for path in adapter_paths})
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, Linear4bit) and path not in bases
-    }
-    groups: list[TensorGroup] = []
-    for name, tensor in state.items():
-        path, _, leaf = name.rpartition(".")
-        if path in bases:
-            path = path.removesuffix(".base_layer")
-            if leaf == "weight":
-                groups.append(_merged_group(f"{path}.weight", adapters[path], dtype))
-            elif leaf == "bias":
-                groups.append(plain_group(f"{path}.bias", tensor, _cast(tensor, dtype)))
-        elif any(path == p or path.startswith(f"{p}.") for p in adapter_paths):
-            continue
-        elif path in layers and leaf.startswith("weight"):
-            if leaf == "weight":
-                groups.append(_dense_group(name, layers[path], dtype))
-        else:
-            groups.append(plain_group(name, tensor, _cast(tensor, dtype)))
+    members = _members(model)
+    table = _table(model)
+    together = [[name] for name in members] if table is None else table.together(members)
+    groups = [_group({name: members[name] for name in names}, dtype, table) for names in together]
     write_groups(folder, groups, max_shard_bytes, _plain_files(model, base, tokenizer_from, dtype))
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
-    return dtype if tensor.is_floating_point() else None
+@dataclass(frozen=True)
+class _Member:
+    """One of the model's tensors, as it would be without adapters and in 16 bits.
+
+    Attributes:
+        dtype: its own.
+        shape: its own.
+        make: gives it in a dtype, rounded once.
+        trained: whether it is a stored tensor no more: then it is looked through for NaN.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    make: Callable[[torch.dtype], Tensor]
+    trained: bool = True
 
 
-def _merged_group(name: str, layer: LoraLinear, dtype: torch.dtype | None) -> TensorGroup:
+def _members(model: nn.Module) -> dict[str, _Member]:
+    """What is written of a model, under the names it has there without adapters."""
+    # Further names of layers that stand in several places are left out, as those of tensors are.
+    everywhere = list(model.named_modules(remove_duplicate=False))
+    adapter_paths = {path for path, module in everywhere if isinstance(module, LoraLayer)}
+    # With its adapter added, a weight is tied to no other any more.
+    state = untied_state(model, apart={f"{path}.base_layer.weight" for path in adapter_paths})
+    modules = dict(model.named_modules())
+    found: dict[str, _Member] = {}
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        owner = modules.get(path)
+        adapter = next((above for above in _paths_above(name) if above in adapter_paths), None)
+        if adapter is not None:
+            inside = name.removeprefix(f"{adapter}.")
+            if adapter not in modules or not inside.startswith("base_layer."):
+                continue
+            name = f"{adapter}.{inside.removeprefix('base_layer.')}"
+        layer = modules.get(adapter or "")
+        if isinstance(layer, LoraExperts) and owner is layer.base_layer and leaf in layer.names:
+            found[name] = _merged_experts(layer, leaf)
+        elif isinstance(layer, LoraLinear) and leaf == "weight":
+            found[name] = _merged(layer)
+        elif isinstance(owner, Linear4bit) and leaf.startswith("weight"):
+            if leaf == "weight":
+                shape = torch.Size((owner.out_features, owner.in_features))
+                found[name] = _Member(owner.weight_dtype, shape, owner.dequantize)
+        elif owner is not None and (of := _experts_part(owner, leaf)) is not None:
+            if of == leaf:
+                weight = experts_weight(owner, leaf)
+                found[name] = _Member(weight.layout.dtype, weight.layout.shape, weight.dequantize)
+        else:
+            found[name] = _Member(tensor.dtype, tensor.shape, tensor.to, trained=False)
+    return found
+
+
+def _paths_above(name: str) -> Iterator[str]:
+    """The paths of the modules that hold a tensor, from the outside."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
+        at = name.find(".", at + 1)
+
+
+def _experts_part(module: nn.Module, leaf: str) -> str | None:
+    """The quantized 3-D weight of a module that one of its parameters is a part of."""
+    names = (name for name in experts_layouts(module) for end in PARTS if leaf == name + end)
+    return next(names, None)
+
+
+def _merged(layer: LoraLinear) -> _Member:
     base = layer.base_layer
     own = base.weight_dtype if isinstance(base, Linear4bit) else base.weight.dtype
-    target = dtype or own
+    shape = torch.Size((layer.out_features, layer.in_features))
+    return _Member(own, shape, lambda dtype: merged_weight(layer).to(dtype))
+
+
+def _merged_experts(layer: LoraExperts, name: str) -> _Member:
+    layout = experts_layouts(layer.base_layer).get(name)
+    if layout is None:
+        weight: Tensor = getattr(layer.base_layer, name)
+        own, shape = weight.dtype, weight.shape
+    else:
+        own, shape = layout.dtype, layout.shape
+    return _Member(own, shape, lambda dtype: merged_experts(layer, name).to(dtype))
+
+
+def _group(
+    members: Mapping[str, _Member], dtype: torch.dtype | None, table: Conversions | None
+) -> TensorGroup:
+    """What a checkpoint holds of tensors that are written together, made when it is written."""
+
+    def whole(name: str, member: _Member) -> Tensor:
+        tensor = member.make(_target(member, dtype))
+        if member.trained and not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"{name} has NaN or infinity in {tensor.dtype}: the training diverged, or the "
+                "numbers do not fit the dtype"
+            )
+        return tensor
+
+    def in_files(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if table is None:
+            return tensors
+        return table.to_files(tensors, {name: m.shape for name, m in members.items()})
 
     def tensors() -> Iterator[Tensor]:
-        yield _finite(name, merged_weight(layer).to(target))
+        yield from in_files({n: whole(n, member) for n, member in members.items()}).values()
 
-    shape = [layer.out_features, layer.in_features]
-    return TensorGroup([(name, file_dtype(name, target), shape)], tensors)
-
-
-def _finite(name: str, weight: Tensor) -> Tensor:
-    if not weight.isfinite().all():
-        raise NonFiniteError(
-            f"{name} has NaN or infinity in {weight.dtype}: the training diverged, or the numbers "
-            "do not fit the dtype"
-        )
-    return weight
+    empty = {
+        name: torch.empty(member.shape, dtype=_target(member, dtype), device="meta")
+        for name, member in members.items()
+    }
+    entries = [
+        (name, file_dtype(name, tensor.dtype), list(tensor.shape))
+        for name, tensor in in_files(empty).items()
+    ]
+    return TensorGroup(entries, tensors)
 
 
-def _dense_group(name: str, layer: Linear4bit, dtype: torch.dtype | None) -> TensorGroup:
-    target = dtype or layer.weight_dtype
+def _target(member: _Member, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and member.dtype.is_floating_point else member.dtype
 
-    def tensors() -> Iterator[Tensor]:
-        yield _finite(name, layer.dequantize(target))
 
-    shape = [layer.out_features, layer.in_features]
-    return TensorGroup([(name, file_dtype(name, target), shape)], tensors)
+def _table(model: nn.Module) -> Conversions | None:
+    """How checkpoints hold the tensors of a model of transformers; None for any other model."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    from fourbit.integrations.conversions import Conversions
+
+    return Conversions(model)
 
 
 def _plain_files(

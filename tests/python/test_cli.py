@@ -453,8 +453,9 @@ def test_finetune_summary(four_bit_folder: Path, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "adapter"
     files = ("--model", four_bit_folder, "--data", data, "--output", output)
-    targets = ("--target-modules", "q_proj, v_proj", "--eval-data", data, "--eval-steps", 1)
-    result = call("finetune", *files, *TRAINING, "--max-steps", 2, *targets)
+    targets = ("--target-modules", "q_proj, v_proj", "--target-parameters", "none")
+    held_out = ("--eval-data", data, "--eval-steps", 1)
+    result = call("finetune", *files, *TRAINING, "--max-steps", 2, *targets, *held_out)
     assert result.exit_code == 0, result.stderr
     assert "note: 1 of 4 examples are empty: left out" in result.stderr
     shown = dict(line.split(":", 1) for line in result.stdout.splitlines())
@@ -477,3 +478,6 @@ def test_finetune_summary(four_bit_folder: Path, tmp_path: Path) -> None:
     assert shown["trainable"].split()[0] == f"{2 * 4 * (64 + 64 + 64 + 32):,}"
     config = json.loads((output / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert config["target_parameters"] is None
+    record = json.loads((output / "fourbit_run.json").read_text())
+    assert record["options"]["target_parameters"] == []

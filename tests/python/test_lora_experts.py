@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -515,3 +516,34 @@ def test_experts_without_any_change_keep_their_bytes():
     after = model.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_export_is_the_checkpoint_that_transformers_writes(family, tmp_path):
+    """The names, shapes and numbers of ``save_pretrained`` of the dense model with the sums."""
+    model, dense = quantized_and_dense(family)
+    add_lora(model, r=4, target_parameters=["experts.down_proj"])
+    shake(model)
+    for path, layer in lora_modules(model).items():
+        if isinstance(layer, LoraExperts):
+            dense.get_submodule(path).down_proj.data = merged_experts(layer, "down_proj")
+        else:
+            dense.get_submodule(path).weight.data = fourbit.lora.merged_weight(layer)
+    fourbit.export_merged(model, tmp_path / "ours")
+    dense.save_pretrained(tmp_path / "theirs")
+    ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    fourbit.export_merged(model, tmp_path / "half", dtype=torch.bfloat16)
+    half = tensors_in(tmp_path / "half")
+    assert all(torch.equal(half[name], theirs[name].bfloat16()) for name in theirs)
+    loaded = type(model).from_pretrained(tmp_path / "ours")
+    assert relative(logits(loaded), logits(model)) < 1e-5
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)

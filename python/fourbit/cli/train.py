@@ -63,6 +63,14 @@ def finetune(
     target_modules: Annotated[
         str, typer.Option(help="all-linear, or names of layers with commas between them.")
     ] = "all-linear",
+    target_parameters: Annotated[
+        str | None,
+        typer.Option(
+            show_default="all with all-linear",
+            help="3-D weights of experts, such as experts.down_proj, with commas between them; "
+            "or none.",
+        ),
+    ] = None,
     use_dora: Annotated[
         bool, typer.Option("--use-dora", help="Learn the norm of each row apart (DoRA).")
     ] = _DEFAULTS.use_dora,
@@ -221,9 +229,10 @@ def _given(context: typer.Context) -> dict[str, Any]:
             options[field.name] = context.params[field.name]
     targets = options.get("target_modules")
     if targets not in (None, "all-linear"):
-        options["target_modules"] = tuple(
-            name.strip() for name in targets.split(",") if name.strip()
-        )
+        options["target_modules"] = _names(targets)
+    weights = options.get("target_parameters")
+    if weights is not None:
+        options["target_parameters"] = () if weights == "none" else _names(weights)
     if options.get("chat_template") is not None:
         options["chat_template"] = str(options["chat_template"])
     try:
@@ -231,6 +240,10 @@ def _given(context: typer.Context) -> dict[str, Any]:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return options
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _pace(steps_a_second: float) -> str:

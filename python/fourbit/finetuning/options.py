@@ -26,6 +26,8 @@ class FinetuneOptions:
         lora_alpha: the adapter's output is multiplied by ``lora_alpha / r``.
         lora_dropout: dropout on the adapter's input.
         target_modules: "all-linear", or names of layers.
+        target_parameters: names of 3-D weights of experts; None for all of them with "all-linear",
+            else for none. See `add_lora`.
         use_dora: learn the norm of each row apart from its direction.
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
         init_lora_weights: "default" or "gaussian".
@@ -63,6 +65,7 @@ class FinetuneOptions:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.1
     target_modules: str | Sequence[str] = "all-linear"
+    target_parameters: Sequence[str] | None = None
     use_dora: bool = False
     use_rslora: bool = False
     init_lora_weights: InitLora = "default"
@@ -95,6 +98,8 @@ class FinetuneOptions:
         if not isinstance(self.target_modules, str):
             # JSON has lists only, and options are compared.
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.target_parameters is not None:
+            object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
         for name, choices in (
             ("dtype", Dtype),
             ("lr_schedule", Schedule),

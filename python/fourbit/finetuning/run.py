@@ -348,6 +348,7 @@ def _with_adapter(model: Any, settings: FinetuneOptions, checkpoint: Path | None
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules,
+        target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=settings.init_lora_weights,
