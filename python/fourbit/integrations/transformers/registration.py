@@ -71,6 +71,8 @@ def _wrap_merge(owner: Any) -> None:
                 quantization_config = NF4Config.from_dict(quantization_config)
             elif isinstance(given, NF4Config):
                 method = quantization_config.get("quant_method")
+                if quantization_config.get("load_in_8bit"):
+                    method = "bitsandbytes in 8 bits"
                 raise ValueError(
                     f"the model is quantized already, by {method}, which fourbit does not read; "
                     "load it without NF4Config, or load one in 16 bits"
