@@ -162,7 +162,7 @@ def test_a_weight_that_is_no_number_is_named(dense, tmp_path):
     weight = load_file(dense / "model.safetensors")[UP]
     weight[0, 5] = float("nan")
     broken = changed(dense, tmp_path / "nan", tensors={UP: weight})
-    with pytest.raises(fourbit.NonFiniteError, match="up_proj: element 5 is nan"):
+    with pytest.raises(fourbit.NonFiniteError, match="up_proj: element 5 is NaN"):
         load(broken, quantization_config=NF4Config())
 
 
