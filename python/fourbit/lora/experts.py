@@ -35,21 +35,34 @@ def experts_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     return (experts, rows, columns) if module.is_transposed else (experts, columns, rows)
 
 
-def add_adapter(
-    product: Tensor, x: Tensor, counts: Tensor, a: Tensor, b: Tensor, scaling: float
-) -> Tensor:
-    """``product + scaling * (x A_e^T) B_e^T``, rounded once to the dtype of `product`.
+def experts_side(x: Tensor, counts: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``(x A_e^T) B_e^T`` [n, outputs], what adapters add to a product, before the scaling.
 
     Args:
-        product: [n, outputs], of the frozen weights.
         x: [n, inputs], sorted by expert; of the dtype in which the adapter computes.
         counts: int64 [experts], how many rows each has.
         a: [experts, r, inputs].
         b: [experts, outputs, r].
-        scaling: of the adapter.
     """
-    side = expert_matmul(expert_matmul(x, counts, a), counts, b)
-    return torch.add(product, side, alpha=scaling).to(product.dtype)
+    return expert_matmul(expert_matmul(x, counts, a), counts, b)
+
+
+def add_experts_delta(
+    weight: Tensor, a: Tensor, b: Tensor, scaling: float, *, transposed: bool
+) -> Tensor:
+    """``W_e + scaling * B_e A_e`` of every expert, in the memory of `weight`.
+
+    Args:
+        weight: float32 [experts, outputs, inputs], or [experts, inputs, outputs] if `transposed`.
+        a: [experts, r, inputs].
+        b: [experts, outputs, r].
+        scaling: of the adapter.
+        transposed: whether rows of the weight are its inputs.
+    """
+    a, b = a.detach().float(), b.detach().float()
+    if transposed:
+        return weight.baddbmm_(a.transpose(1, 2), b.transpose(1, 2), alpha=scaling)
+    return weight.baddbmm_(b, a, alpha=scaling)
 
 
 class ExpertsLora(nn.Module):
@@ -151,7 +164,8 @@ class ExpertsLora(nn.Module):
     def forward(self, x: Tensor, product: Tensor, counts: Tensor) -> Tensor:
         """The product [n, out_features] of rows `x` [n, in_features], with the adapter's added."""
         dropped = self.lora_dropout(x.to(self.lora_A.dtype))
-        return add_adapter(product, dropped, counts, self.lora_A, self.lora_B, self.scaling)
+        side = experts_side(dropped, counts, self.lora_A, self.lora_B)
+        return torch.add(product, side, alpha=self.scaling).to(product.dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -246,20 +260,6 @@ class LoraExperts(nn.Module):
         return total
 
 
-def original_experts(module: LoraExperts, name: str) -> Tensor:
-    """The frozen 3-D weight before any merge, as a new float32 tensor of its own shape.
-
-    Raises:
-        ValueError: for a weight that is sharded over processes.
-    """
-    base = module.base_layer
-    stored = module.lora(name)._original or stored_experts(base, name)
-    device = getattr(base, name).device
-    if isinstance(stored, QuantizedExperts):
-        return stored.dequantize(torch.float32).to(device)
-    return stored.weight.detach().to(device, torch.float32, copy=True)
-
-
 def stored_experts(base: nn.Module, name: str) -> QuantizedExperts | DenseOriginal:
     """A 3-D weight as the module has it, in shared memory.
 
@@ -275,6 +275,23 @@ def stored_experts(base: nn.Module, name: str) -> QuantizedExperts | DenseOrigin
     return experts_weight(base, name) if name in experts_layouts(base) else DenseOriginal(weight)
 
 
+def dense_experts(stored: QuantizedExperts | DenseOriginal, device: torch.device) -> Tensor:
+    """A stored 3-D weight as a new float32 tensor of its own shape."""
+    if isinstance(stored, QuantizedExperts):
+        return stored.dequantize(torch.float32).to(device)
+    return stored.weight.detach().to(device, torch.float32, copy=True)
+
+
+def original_experts(module: LoraExperts, name: str) -> Tensor:
+    """The frozen 3-D weight before any merge, as a new float32 tensor of its own shape.
+
+    Raises:
+        ValueError: for a weight that is sharded over processes.
+    """
+    stored = module.lora(name)._original or stored_experts(module.base_layer, name)
+    return dense_experts(stored, getattr(module.base_layer, name).device)
+
+
 @torch.no_grad()
 def merged_experts(module: LoraExperts, name: str) -> Tensor:
     """A 3-D weight with its adapters added, in float32, in the shape that the module stores.
@@ -283,9 +300,10 @@ def merged_experts(module: LoraExperts, name: str) -> Tensor:
     trained on (a quantized one is dequantized). It is the same before and after `fourbit.merge`.
     """
     lora = module.lora(name)
-    a, b = lora.lora_A.detach().float(), lora.lora_B.detach().float()
-    weight = original_experts(module, name)
-    # In place: of tensors as large as the weight there is one.
-    if module.base_layer.is_transposed:
-        return weight.baddbmm_(a.transpose(1, 2), b.transpose(1, 2), alpha=lora.scaling)
-    return weight.baddbmm_(b, a, alpha=lora.scaling)
+    return add_experts_delta(
+        original_experts(module, name),
+        lora.lora_A,
+        lora.lora_B,
+        lora.scaling,
+        transposed=bool(module.base_layer.is_transposed),
+    )

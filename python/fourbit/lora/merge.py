@@ -14,7 +14,13 @@ from fourbit._core import NonFiniteError
 from fourbit.experts import QuantizedExperts, join_groups, set_experts
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import LoraLayer, lora_modules
-from fourbit.lora.experts import LoraExperts, merged_experts, original_experts, stored_experts
+from fourbit.lora.experts import (
+    LoraExperts,
+    dense_experts,
+    merged_experts,
+    original_experts,
+    stored_experts,
+)
 from fourbit.lora.layer import DenseOriginal, LoraLinear, base_weight, merged_weight
 from fourbit.lora.loftq import requantize
 from fourbit.quantized import QuantizedTensor
@@ -184,26 +190,46 @@ def _store(base: nn.Linear, weight: Tensor, original: QuantizedTensor | DenseOri
 
 def _merge_experts(path: str, layer: LoraExperts, name: str) -> LayerMerge:
     wanted = merged_experts(layer, name)
-    if not wanted.isfinite().all():
-        raise NonFiniteError(
-            f"the adapter of {path}.{name} gives NaN or infinity; it cannot be merged"
-        )
     before = original_experts(layer, name)
     base, lora = layer.base_layer, layer.lora(name)
-    original = stored_experts(base, name)
-    lora._original = original
-    if isinstance(original, QuantizedExperts):
-        requantized = requantize_experts(wanted, original)
-        set_experts(base, name, requantized)
-        after = requantized.dequantize(torch.float32)
-    else:
-        dense = nn.Parameter(wanted.to(original.weight.dtype), requires_grad=False)
-        base.register_parameter(name, dense)
-        after = dense.float()
-    if not after.isfinite().all():
-        # float16 ends at 65504.
-        raise NonFiniteError(f"the merged {path}.{name} does not fit {getattr(base, name).dtype}")
+    lora._original = stored_experts(base, name)
+    store_experts(base, name, wanted, lora._original, path=f"{path}.{name}")
+    after = dense_experts(stored_experts(base, name), wanted.device)
     return _compare(zip(before, wanted, after, strict=True))
+
+
+def store_experts(
+    base: nn.Module,
+    name: str,
+    weight: Tensor,
+    like: QuantizedExperts | DenseOriginal,
+    *,
+    path: str,
+) -> None:
+    """Put another 3-D weight in the place of a module's, in the format of the one that was there.
+
+    It gets new memory, so that the old one stays as it is for `restore_experts`.
+
+    Args:
+        base: the module of experts.
+        name: of the weight.
+        weight: float32, in the shape before quantization.
+        like: the weight before all merges.
+        path: of the weight, for errors.
+
+    Raises:
+        NonFiniteError: if it has NaN or infinity, or does not fit the dtype; nothing is changed.
+    """
+    if not weight.isfinite().all():
+        raise NonFiniteError(f"the adapter of {path} gives NaN or infinity; it cannot be merged")
+    if isinstance(like, QuantizedExperts):
+        set_experts(base, name, requantize_experts(weight, like))
+        return
+    dense = weight.to(like.weight.dtype)
+    if not dense.isfinite().all():
+        # float16 ends at 65504.
+        raise NonFiniteError(f"the merged {path} does not fit {dense.dtype}")
+    base.register_parameter(name, nn.Parameter(dense, requires_grad=False))
 
 
 def requantize_experts(weight: Tensor, like: QuantizedExperts) -> QuantizedExperts:
@@ -222,19 +248,24 @@ def requantize_experts(weight: Tensor, like: QuantizedExperts) -> QuantizedExper
     return join_groups(groups, like.layout.shape)
 
 
+def restore_experts(base: nn.Module, name: str, original: QuantizedExperts | DenseOriginal) -> None:
+    """Put a 3-D weight back that `store_experts` has replaced, on the device of the other."""
+    device = getattr(base, name).device
+    if isinstance(original, QuantizedExperts):
+        set_experts(base, name, original.to(device))
+        return
+    weight = cast(nn.Parameter, original.weight)
+    if weight.device != device:
+        weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
+    base.register_parameter(name, weight)
+
+
 def _unmerge_experts(layer: LoraExperts) -> None:
-    base = layer.base_layer
     for name in layer.names:
         lora = layer.lora(name)
-        original, device = lora._original, getattr(base, name).device
-        if isinstance(original, QuantizedExperts):
-            set_experts(base, name, original.to(device))
-        elif isinstance(original, DenseOriginal):
-            weight = original.weight
-            if weight.device != device:
-                weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
-            base.register_parameter(name, cast(nn.Parameter, weight))
-        lora._original = None
+        if lora._original is not None:
+            restore_experts(layer.base_layer, name, lora._original)
+            lora._original = None
 
 
 # --- the report -----------------------------------------------------------------------------------

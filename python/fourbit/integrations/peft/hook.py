@@ -3,15 +3,15 @@
 ==============================================  ==================================================
 what is touched                                 and why
 ==============================================  ==================================================
-``LoraModel._create_and_replace``               gives a `Linear4bit` our layer, and LoftQ
+``LoraModel._create_and_replace``               gives a `Linear4bit` our layer, and LoftQ; and
+                                                4-bit weights of experts our wrapper
 ``PeftModel.get_nb_trainable_parameters``       counts numbers, not bytes
 ``PeftMixedModel.get_nb_trainable_parameters``  the same
 ``prepare_model_for_kbit_training``             is `fourbit.prepare_for_training` for our models
 ``replace_lora_weights_loftq``                  is ours for our models
 ==============================================  ==================================================
 
-Layers whose weights are 3-D parameters of an experts module come through ``_create_and_replace``
-with ``parameter_name``.
+Weights of experts come through ``_create_and_replace`` with ``parameter_name``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from fourbit.experts import experts_layouts
 from fourbit.integrations.patching import Patches
 from fourbit.linear import Linear4bit
 
@@ -67,9 +68,9 @@ def register() -> None:
     install()
 
 
-def has_linear4bit(model: nn.Module) -> bool:
-    """Whether any layer of a model is a `Linear4bit`."""
-    return any(isinstance(module, Linear4bit) for module in model.modules())
+def has_4bit_weights(model: nn.Module) -> bool:
+    """Whether any layer of a model is a `Linear4bit`, or any weight of experts in 4 bits."""
+    return any(isinstance(m, Linear4bit) or experts_layouts(m) for m in model.modules())
 
 
 def _check_version(peft: Any, lora_model: Any) -> None:
@@ -94,8 +95,9 @@ def _create_and_replace(
     current_key: str,
     **kwargs: Any,
 ) -> None:
+    from fourbit.integrations.peft.experts import ParamWrapper
     from fourbit.integrations.peft.layer import LoraLinear4bit
-    from fourbit.integrations.peft.support import check_supported
+    from fourbit.integrations.peft.support import check_experts, check_supported
 
     def create(config: Any) -> None:
         arguments = (config, adapter_name, target, target_name, parent, current_key)
@@ -103,6 +105,13 @@ def _create_and_replace(
 
     get_base: Any = getattr(target, "get_base_layer", None)
     base = get_base() if callable(get_base) else target
+    if experts_layouts(base) and kwargs.get("parameter_name") is not None:
+        check_experts(lora_config, current_key)
+        # Also for weights of the module that are dense: one forward has to know of all adapters.
+        config = copy.copy(lora_config)
+        config._custom_modules = {**(lora_config._custom_modules or {}), type(base): ParamWrapper}
+        create(config)
+        return
     if not isinstance(base, Linear4bit):
         create(lora_config)
         return
@@ -156,6 +165,8 @@ def _counting(original: Callable[[Any], tuple[int, int]]) -> Callable[[Any], tup
                 parts = module.named_parameters(recurse=False)
                 packed = sum(part.numel() for name, part in parts if name.startswith("weight"))
                 total += module.in_features * module.out_features - packed
+            for layout in experts_layouts(module).values():
+                total += layout.shape.numel() - sum(layout.part_sizes())
         return trained, total
 
     return get_nb_trainable_parameters
@@ -183,7 +194,7 @@ def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> An
     from fourbit.training import prepare_for_training
 
     original = _originals["prepare_model_for_kbit_training"]
-    if not has_linear4bit(model):
+    if not has_4bit_weights(model):
         return original(model, *args, **kwargs)
     options = inspect.signature(original).bind(model, *args, **kwargs).arguments
     return prepare_for_training(
@@ -197,7 +208,7 @@ def replace_lora_weights_loftq(peft_model: Any, *args: Any, **kwargs: Any) -> No
     """PEFT's function of that name, and ours for models with `Linear4bit`."""
     from fourbit.integrations.peft import loftq
 
-    if has_linear4bit(peft_model):
+    if has_4bit_weights(peft_model):
         loftq.replace_lora_weights_loftq(peft_model, *args, **kwargs)
     else:
         _originals["replace_lora_weights_loftq"](peft_model, *args, **kwargs)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fourbit._core import NonFiniteError
 from fourbit.integrations.peft.dora import DoraVariant
+from fourbit.integrations.peft.support import LOSSY_MERGE
 from fourbit.linear import Linear4bit
 from fourbit.lora.dora import KeptNorms
 from fourbit.lora.layer import add_side, base_weight
@@ -145,11 +146,7 @@ class LoraLinear4bit(Linear):  # type: ignore[misc]
             raise NonFiniteError(
                 f"the adapter {', '.join(names)} gives NaN or infinity; it cannot be merged"
             )
-        warnings.warn(
-            "merging into 4 bits rounds the weights again, which loses part of a small change; "
-            "fourbit.export_merged(model, folder) writes the merged model in 16 bits",
-            stacklevel=2,
-        )
+        warnings.warn(LOSSY_MERGE, stacklevel=2)
         # Requantizing moves even an unchanged weight a little where its scales are quantized too.
         if not torch.equal(weight, self.unmerged_weight()):
             base.set_quantized(requantize(weight, before.weight))
