@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from fourbit.export import export_merged
     from fourbit.finetuning import FinetuneOptions, finetune
     from fourbit.generation import generate
+    from fourbit.integrations.bitsandbytes import replace_bitsandbytes, restore_bitsandbytes
     from fourbit.integrations.transformers.config import NF4Config
     from fourbit.integrations.transformers.folders import from_pretrained
     from fourbit.linear import Linear4bit
@@ -86,6 +87,8 @@ __all__ = [
     "quantize",
     "quantize_model",
     "remove_lora",
+    "replace_bitsandbytes",
+    "restore_bitsandbytes",
     "save",
     "save_adapter",
     "save_optimizer",
@@ -102,6 +105,7 @@ _HOMES = {
     "export": ("export_merged",),
     "finetuning": ("FinetuneOptions", "finetune"),
     "generation": ("generate",),
+    "integrations.bitsandbytes": ("replace_bitsandbytes", "restore_bitsandbytes"),
     "integrations.transformers.config": ("NF4Config",),
     "integrations.transformers.folders": ("from_pretrained",),
     "linear": ("Linear4bit",),

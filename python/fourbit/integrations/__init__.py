@@ -8,5 +8,7 @@
 ``expert_names``          where the weights of experts lie in checkpoints
 ``experts_interface``     the forward of experts
 ``peft``                  PEFT's adapters on `Linear4bit`
+``trainer``               `PagedAdamW` for bitsandbytes' optimizers of Trainer
+``bitsandbytes``          `replace_bitsandbytes`, `restore_bitsandbytes`
 ========================  =========================================================================
 """
