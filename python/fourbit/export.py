@@ -19,6 +19,7 @@ from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.experts import PARTS, experts_layouts, experts_weight
 from fourbit.linear import Linear4bit
 from fourbit.lora import LoraExperts, LoraLayer, LoraLinear, merged_experts, merged_weight
+from fourbit.lora.attach import has_peft_adapter
 from fourbit.model_io import (
     TensorGroup,
     config_files,
@@ -61,7 +62,7 @@ def export_merged(
     the weights of experts one by one.
 
     Args:
-        model: with adapters of ours, or without.
+        model: with adapters of ours, or of PEFT (the active ones are added), or without.
         folder: a new or empty folder.
         base: the folder whose tokenizer and other small files are copied; by default the one that
             the model was loaded from, where that is known.
@@ -74,14 +75,20 @@ def export_merged(
     Raises:
         FileExistsError: if the folder holds a checkpoint.
         FileNotFoundError: if `base` or `tokenizer_from` does not exist.
-        ValueError: for a `dtype` that is not floating point, or a model that is sharded over
-            processes.
+        ValueError: for a `dtype` that is not floating point, a model that is sharded over
+            processes, or an adapter of PEFT that is not LoRA.
         NonFiniteError: naming a weight that training has made NaN or infinite, or that does not
             fit `dtype`; nothing is there that loads.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; use bfloat16, float16 or float32")
-    members = _members(model)
+    if has_peft_adapter(model):
+        from fourbit.integrations.peft.export import base_model, peft_members
+
+        model = base_model(model)
+        members = peft_members(model)
+    else:
+        members = _members(model)
     table = _table(model)
     together = [[name] for name in members] if table is None else table.together(members)
     groups = [_group({name: members[name] for name in names}, dtype, table) for names in together]
@@ -89,7 +96,7 @@ def export_merged(
 
 
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """One of the model's tensors, as it would be without adapters and in 16 bits.
 
     Attributes:
@@ -105,7 +112,7 @@ class _Member:
     trained: bool = True
 
 
-def _members(model: nn.Module) -> dict[str, _Member]:
+def _members(model: nn.Module) -> dict[str, Member]:
     """What is written of a model, under the names it has there without adapters."""
     # Further names of layers that stand in several places are left out, as those of tensors are.
     everywhere = list(model.named_modules(remove_duplicate=False))
@@ -113,11 +120,11 @@ def _members(model: nn.Module) -> dict[str, _Member]:
     # With its adapter added, a weight is tied to no other any more.
     state = untied_state(model, apart={f"{path}.base_layer.weight" for path in adapter_paths})
     modules = dict(model.named_modules())
-    found: dict[str, _Member] = {}
+    found: dict[str, Member] = {}
     for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
         owner = modules.get(path)
-        adapter = next((above for above in _paths_above(name) if above in adapter_paths), None)
+        adapter = next((above for above in paths_above(name) if above in adapter_paths), None)
         if adapter is not None:
             inside = name.removeprefix(f"{adapter}.")
             if adapter not in modules or not inside.startswith("base_layer."):
@@ -128,20 +135,33 @@ def _members(model: nn.Module) -> dict[str, _Member]:
             found[name] = _merged_experts(layer, leaf)
         elif isinstance(layer, LoraLinear) and leaf == "weight":
             found[name] = _merged(layer)
-        elif isinstance(owner, Linear4bit) and leaf.startswith("weight"):
-            if leaf == "weight":
-                shape = torch.Size((owner.out_features, owner.in_features))
-                found[name] = _Member(owner.weight_dtype, shape, owner.dequantize)
-        elif owner is not None and (of := _experts_part(owner, leaf)) is not None:
-            if of == leaf:
-                weight = experts_weight(owner, leaf)
-                found[name] = _Member(weight.layout.dtype, weight.layout.shape, weight.dequantize)
-        else:
-            found[name] = _Member(tensor.dtype, tensor.shape, tensor.to, trained=False)
+        elif (member := frozen_member(owner, leaf, tensor)) is not None:
+            found[name] = member
     return found
 
 
-def _paths_above(name: str) -> Iterator[str]:
+def frozen_member(owner: nn.Module | None, leaf: str, tensor: Tensor) -> Member | None:
+    """A tensor that no adapter changes; None for one that is a part of another's quantized form.
+
+    Args:
+        owner: the module whose tensor it is.
+        leaf: its name there.
+        tensor: as it is stored.
+    """
+    if isinstance(owner, Linear4bit) and leaf.startswith("weight"):
+        if leaf != "weight":
+            return None
+        shape = torch.Size((owner.out_features, owner.in_features))
+        return Member(owner.weight_dtype, shape, owner.dequantize)
+    if owner is not None and (of := _experts_part(owner, leaf)) is not None:
+        if of != leaf:
+            return None
+        weight = experts_weight(owner, leaf)
+        return Member(weight.layout.dtype, weight.layout.shape, weight.dequantize)
+    return Member(tensor.dtype, tensor.shape, tensor.to, trained=False)
+
+
+def paths_above(name: str) -> Iterator[str]:
     """The paths of the modules that hold a tensor, from the outside."""
     at = name.find(".")
     while at >= 0:
@@ -155,29 +175,29 @@ def _experts_part(module: nn.Module, leaf: str) -> str | None:
     return next(names, None)
 
 
-def _merged(layer: LoraLinear) -> _Member:
+def _merged(layer: LoraLinear) -> Member:
     base = layer.base_layer
     own = base.weight_dtype if isinstance(base, Linear4bit) else base.weight.dtype
     shape = torch.Size((layer.out_features, layer.in_features))
-    return _Member(own, shape, lambda dtype: merged_weight(layer).to(dtype))
+    return Member(own, shape, lambda dtype: merged_weight(layer).to(dtype))
 
 
-def _merged_experts(layer: LoraExperts, name: str) -> _Member:
+def _merged_experts(layer: LoraExperts, name: str) -> Member:
     layout = experts_layouts(layer.base_layer).get(name)
     if layout is None:
         weight: Tensor = getattr(layer.base_layer, name)
         own, shape = weight.dtype, weight.shape
     else:
         own, shape = layout.dtype, layout.shape
-    return _Member(own, shape, lambda dtype: merged_experts(layer, name).to(dtype))
+    return Member(own, shape, lambda dtype: merged_experts(layer, name).to(dtype))
 
 
 def _group(
-    members: Mapping[str, _Member], dtype: torch.dtype | None, table: Conversions | None
+    members: Mapping[str, Member], dtype: torch.dtype | None, table: Conversions | None
 ) -> TensorGroup:
     """What a checkpoint holds of tensors that are written together, made when it is written."""
 
-    def whole(name: str, member: _Member) -> Tensor:
+    def whole(name: str, member: Member) -> Tensor:
         tensor = member.make(_target(member, dtype))
         if member.trained and not tensor.isfinite().all():
             raise NonFiniteError(
@@ -205,7 +225,7 @@ def _group(
     return TensorGroup(entries, tensors)
 
 
-def _target(member: _Member, dtype: torch.dtype | None) -> torch.dtype:
+def _target(member: Member, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and member.dtype.is_floating_point else member.dtype
 
 

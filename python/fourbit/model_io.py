@@ -22,7 +22,6 @@ from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.codebook import Codebook
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import has_adapter
-from fourbit.lora.layer import LoraLinear
 from fourbit.model import replace_module
 from fourbit.quantized import QuantizedTensor
 from fourbit.tensor_file import TORCH_DTYPES, file_dtype
@@ -241,7 +240,8 @@ def was_untied(model: nn.Module) -> bool:
     head, embeddings = (get() if callable(get) else None for get in (get_head, get_input))
     if not getattr(config, "tie_word_embeddings", False) or head is None or embeddings is None:
         return False
-    return isinstance(head, LoraLinear) or head.weight is not embeddings.weight
+    adapted = any(hasattr(part, "base_layer") for part in (head, embeddings))
+    return adapted or head.weight is not embeddings.weight
 
 
 def without_quantization(config: str) -> str:

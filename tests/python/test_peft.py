@@ -9,14 +9,18 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import fourbit
 from fourbit import Linear4bit
 from fourbit.integrations import on_import
 from fourbit.integrations import peft as ours
@@ -316,6 +320,27 @@ def test_compiles_whole(quantized: Any, use_dora: bool) -> None:
     assert relative(gradients(compiled), expected) < CLOSE
 
 
+@pytest.mark.filterwarnings("ignore:merging into 4 bits")
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merged_export(quantized: Any, dense: Any, use_dora: bool, tmp_path: Path) -> None:
+    # The output head is dense: an adapter of PEFT's own. The norm is trained whole.
+    targets = ["q_proj", "up_proj", "lm_head", *([] if use_dora else ["embed_tokens"])]
+    options = {"use_dora": use_dora, "target_modules": targets, "modules_to_save": ["norm"]}
+    model = adapted(quantized, **options)
+    with torch.no_grad():
+        model.base_model.model.model.norm.modules_to_save["default"].weight.mul_(1.5)
+    fourbit.export_merged(model, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert not hasattr(merged.config, "quantization_config")
+    assert relative(logits(merged), logits(model)) < CLOSE
+    # A merge into 4 bits does not change what is written.
+    model.merge_adapter()
+    fourbit.export_merged(model, tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, merged.state_dict()[name])
+
+
 def test_preparing_for_training_casts_nothing() -> None:
     model = llama(torch.bfloat16)
     quantize_linears(model)
@@ -391,3 +416,21 @@ def test_hooks_wait_for_a_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
         importlib.import_module("no_such_library")
     monkeypatch.delitem(sys.modules, "some_library")
     monkeypatch.delitem(sys.modules, "some_hook")
+
+
+def test_a_router_over_adapters(quantized: Any, dense: Any, tmp_path: Path) -> None:
+    for index in range(2):
+        adapted(dense, seed=index).save_pretrained(tmp_path / str(index))
+    paths = [str(tmp_path / str(index)) for index in range(2)]
+    models = [
+        create_arrow_model(
+            base_model=copy.deepcopy(base),
+            task_specific_adapter_paths=paths,
+            arrow_config=peft.ArrowConfig(top_k=1, rng_seed=0),
+        ).eval()
+        for base in (quantized, dense)
+    ]
+    assert len(layers(models[0])) == 14
+    found, expected = (logits(model) for model in models)
+    assert relative(found, expected) < CLOSE
+    assert relative(found, logits(quantized)) > 0.01

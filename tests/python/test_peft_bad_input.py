@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 
+import fourbit
 from fourbit import NonFiniteError
 from fourbit.integrations import on_import
 from fourbit.integrations import peft as ours
@@ -114,6 +115,14 @@ def test_starts_that_need_what_is_not_there(quantized: Any, tmp_path: Any) -> No
     adapted(quantized, init_lora_weights="pissa").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="load without low_cpu_mem_usage"):
         peft.PeftModel.from_pretrained(copy.deepcopy(quantized), tmp_path, low_cpu_mem_usage=True)
+
+
+def test_an_export_of_other_adapters(quantized: Any, tmp_path: Any) -> None:
+    config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    model = peft.get_peft_model(copy.deepcopy(quantized), config)
+    with pytest.raises(ValueError, match=rf"{Q} has a Linear of PEFT, which export_merged cannot"):
+        fourbit.export_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_fan_in_fan_out_is_for_others(quantized: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import fourbit
 from fourbit.experts import experts_weight, quantize_experts
@@ -158,3 +159,11 @@ def test_what_experts_cannot_have_is_refused(options: dict[str, Any], message: s
     model = quantized_and_dense("GptOss")[0]
     with pytest.raises(ValueError, match=message):
         adapted(model, **{"target_modules": [], **options})
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_merged_export(family: str, tmp_path: Any) -> None:
+    model = adapted(quantized_and_dense(family)[0])
+    fourbit.export_merged(model, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(logits(merged), logits(model)) < 1e-5

@@ -113,6 +113,20 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         return memory_a(a, self.num_experts), memory_b(b, self.num_experts)
 
     @torch.no_grad()
+    def weight_with(self, names: list[str]) -> Tensor:
+        """The weight with these adapters added, float32, in the shape that it is stored in.
+
+        It is the same before and after `merge`.
+        """
+        base = self.get_base_layer()
+        original = self._unmerged or stored_experts(base, self.parameter_name)
+        weight = dense_experts(original, self.get_param().device)
+        for name in names:
+            a, b = self._factors(name)
+            add_experts_delta(weight, a, b, self.scaling[name], transposed=base.is_transposed)
+        return weight
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the weight: it is dequantized, and the sum in float32 quantized again.
 
@@ -129,10 +143,7 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
             return
         base, weight_name = self.get_base_layer(), self.parameter_name
         original = self._unmerged or stored_experts(base, weight_name)
-        weight = dense_experts(original, self.get_param().device)
-        for name in (*self.merged_adapters, *names):
-            a, b = self._factors(name)
-            add_experts_delta(weight, a, b, self.scaling[name], transposed=base.is_transposed)
+        weight = self.weight_with([*self.merged_adapters, *names])
         path = f"{type(base).__name__}.{weight_name}"
         warnings.warn(LOSSY_MERGE, stacklevel=2)
         store_experts(base, weight_name, weight, original, path=path)
