@@ -36,6 +36,10 @@ def forget_bitsandbytes() -> None:
 
 forget_bitsandbytes()
 
+import fourbit
+
+assert "torch" not in sys.modules, "to import fourbit is quick"
+
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -48,8 +52,6 @@ from transformers import (
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
-
-import fourbit
 
 fourbit.replace_bitsandbytes()
 

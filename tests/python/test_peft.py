@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import inspect
 import pickle
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -312,8 +311,10 @@ def test_adapters_beside_a_16_bit_base(autocast_adapter_dtype: bool) -> None:
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_compiles_whole(quantized: Any, use_dora: bool) -> None:
-    model = adapted(quantized, use_dora=use_dora).train()
+def test_compiles_whole(use_dora: bool) -> None:
+    block = llama(num_hidden_layers=1)
+    quantize_linears(block)
+    model = adapted(block, use_dora=use_dora).train()
     expected = gradients(model)
     model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -383,17 +384,6 @@ def test_the_hook_comes_out_again() -> None:
     ours.uninstall()
     assert state() == before
     ours.install()
-
-
-def test_importing_is_enough() -> None:
-    code = (
-        "import fourbit, sys; assert 'torch' not in sys.modules\n"
-        "import peft\n"
-        "from peft.tuners.lora.model import LoraModel\n"
-        "assert LoraModel._create_and_replace.__module__ == 'fourbit.integrations.peft.hook'\n"
-        "assert peft.__spec__.loader is peft.__loader__\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_hooks_wait_for_a_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
