@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -13,17 +12,49 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fourbit
 import processes
-from fourbit.lora import LoraLinear, lora_modules
+from fourbit.experts import quantize_experts, set_experts
+from fourbit.lora import LoraExperts, LoraLayer, load_adapter, lora_modules, remove_lora
 from processes import WORLD
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 
 
+class Experts(nn.Module):
+    """Three, which two processes cannot cut evenly."""
+
+    num_experts = 3
+    is_transposed = has_bias = False
+    has_gate = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 2 * 32, 64) / 8)
+        self.down_proj = nn.Parameter(torch.randn(3, 64, 32) / 6)
+
+    def _apply_gate(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return gate.sigmoid() * up
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, index = x[:, :3].softmax(dim=-1).topk(2)
+        return self.experts(x, index, weights)
+
+
 def adapted_model() -> nn.Sequential:
     torch.manual_seed(0)
     sizes = ((64, 130), (130, 96), (96, 50))
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(*size), nn.Tanh()) for size in sizes))
-    fourbit.add_lora(fourbit.quantize_model(model), r=4, lora_dropout=0.0, init_lora_weights=False)
+    layers = (nn.Sequential(nn.Linear(*size), nn.Tanh()) for size in sizes)
+    model = fourbit.quantize_model(nn.Sequential(Mixture(), *layers))
+    experts = model[0].experts
+    for name in ("gate_up_proj", "down_proj"):
+        set_experts(experts, name, quantize_experts(getattr(experts, name).data, groups=3))
+    fourbit.add_lora(model, r=4, lora_dropout=0.0, init_lora_weights=False)
     return model
 
 
@@ -61,7 +92,7 @@ def check_fsdp(folder: Path, dtype: torch.dtype | None) -> None:
     packed = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     mesh = init_device_mesh("cpu", (WORLD,))
     policy = MixedPrecisionPolicy(param_dtype=dtype)
-    for layer in (*(m for m in model.modules() if isinstance(m, LoraLinear)), model):
+    for layer in (*(m for m in model.modules() if isinstance(m, LoraLayer)), model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     model(inputs()[dist.get_rank()]).square().mean().backward()
     expected, found = expected_gradients(), gradients(model)
@@ -75,11 +106,14 @@ def check_fsdp(folder: Path, dtype: torch.dtype | None) -> None:
             assert torch.equal(part.full_tensor(), packed[name]), name
     fourbit.save_adapter(model, folder / "adapter")
     if dist.get_rank() == 0:
-        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-        for path, layer in lora_modules(adapted_model()).items():
-            for part in ("lora_A", "lora_B"):
-                stored = tensors[f"base_model.model.{path}.{part}.weight"]
-                assert torch.equal(stored, getattr(layer, part).weight)
+        whole = adapted_model()
+        again = load_adapter(remove_lora(adapted_model()), folder / "adapter")
+        for layer, stored in zip(
+            lora_modules(whole).values(), lora_modules(again).values(), strict=True
+        ):
+            for part, other in zip(layer.parameters(), stored.parameters(), strict=True):
+                assert torch.equal(part, other)
+        assert sum(isinstance(layer, LoraExperts) for layer in lora_modules(again).values()) == 1
     for what in (fourbit.merge, lambda m: fourbit.export_merged(m, folder / "never")):
         with pytest.raises(ValueError, match="sharded over processes"):
             what(model)
