@@ -8,6 +8,8 @@ import torch
 
 import fourbit
 from conftest import REPOSITORY
+from fourbit.experts import quantize_experts, set_experts
+from fourbit.lora import LoraExperts, lora_modules
 
 transformers = pytest.importorskip("transformers")
 EXAMPLES = REPOSITORY / "examples"
@@ -60,8 +62,11 @@ def theirs(params):
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
 
 
-def train(model, tokenizer, make_optimizer, *, seed=1, steps=60):
-    """The loss on all questions and answers after a LoRA fine-tune on them."""
+def train(model, tokenizer, make_optimizer, *, seed=1, steps=60, r=64, learns=0.5):
+    """The loss on all questions and answers after a LoRA fine-tune on them.
+
+    It falls below `learns` times what it was, or nothing was learned.
+    """
     lines = (EXAMPLES / "data" / "faq.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [
         tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
@@ -78,9 +83,10 @@ def train(model, tokenizer, make_optimizer, *, seed=1, steps=60):
         ).loss
 
     everything = torch.arange(len(texts))
+    # The adapter starts at zero.
+    fourbit.add_lora(model, r=r, lora_alpha=r, lora_dropout=0.0, seed=seed)
     with torch.no_grad():
         before = loss_of(everything).item()
-    fourbit.add_lora(model, r=64, lora_alpha=64, lora_dropout=0.0, seed=seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained)
     model.train()
@@ -91,7 +97,7 @@ def train(model, tokenizer, make_optimizer, *, seed=1, steps=60):
         optimizer.zero_grad()
     with torch.no_grad():
         after = loss_of(everything).item()
-    assert after < 0.5 * before, "it learns"
+    assert after < learns * before, "it learns"
     return after
 
 
@@ -126,3 +132,59 @@ def test_8_bit_state_reaches_the_loss_of_torch(seed, tokenizer, threads):
     print({"torch": expected, "8 bits": loss})
     assert {state["exp_avg"].dtype for state in made[0].state.values()} == {torch.uint8}
     assert loss == pytest.approx(expected, rel=0.01)
+
+
+def mixture():
+    """The shipped model with its MLPs as mixtures of four experts, each of them a little different.
+
+    A Mixtral (of two experts a token) whose experts were all the same would be the shipped model.
+    """
+    base = dense()
+    settings = {
+        name: getattr(base.config, name)
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+            *("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "pad_token_id"),
+        )
+    }
+    config = transformers.MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **settings)
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    plain = {name: weight for name, weight in base.state_dict().items() if ".mlp." not in name}
+    assert not model.load_state_dict(plain, strict=False).unexpected_keys
+    for layer, of_base in zip(model.model.layers, base.model.layers, strict=True):
+        mlp = of_base.mlp
+        for parameter, weight in (
+            (layer.mlp.experts.gate_up_proj, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])),
+            (layer.mlp.experts.down_proj, mlp.down_proj.weight),
+        ):
+            parameter.data = weight.data + 0.1 * weight.data.std() * torch.randn(parameter.shape)
+    return model
+
+
+def quantized_mixture():
+    model = fourbit.quantize_model(mixture())
+    for layer in model.model.layers:
+        for name, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+            weight = getattr(layer.mlp.experts, name).data
+            set_experts(layer.mlp.experts, name, quantize_experts(weight, groups=4 * parts))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("seed", "steps"),
+    [(1, 8), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in (1, 2, 3))],
+)
+def test_qlora_of_a_mixture_of_experts_reaches_the_loss_of_16_bit_lora(seed, steps, tokenizer):
+    """Within 1%, experts included, after the same steps with the same seed.
+
+    The three seeds came within 0.2% when this was written.
+    """
+    options = {"seed": seed, "steps": steps, "r": 16, "learns": 0.6 if steps == 40 else 0.97}
+    lora = train(mixture(), tokenizer, ours(32), **options)
+    model = quantized_mixture()
+    qlora = train(model, tokenizer, ours(32), **options)
+    assert sum(isinstance(layer, LoraExperts) for layer in lora_modules(model).values()) == 4
+    print({"seed": seed, "steps": steps, "16-bit LoRA": lora, "QLoRA": qlora})
+    assert qlora <= 1.01 * lora
