@@ -20,7 +20,14 @@ from torch import Tensor
 from fourbit import _core, nvrtc
 from fourbit.codebook import by_name
 from fourbit.layout import NESTED_BLOCK_SIZE, block_count, packed_bytes
-from fourbit.ops import check_device, check_float, check_operand, float_bytes, float_values
+from fourbit.ops import (
+    check_device,
+    check_float,
+    check_operand,
+    dense_linear,
+    float_bytes,
+    float_values,
+)
 
 # Scales that `fourbit_absmax_sums` adds as a unit; part of the format, as src/double_quant.rs says.
 _CHUNK = 1024
@@ -286,7 +293,7 @@ def linear(
             return output
     weight = torch.empty((out_features, in_features), dtype=x.dtype, device=x.device)
     _decode(*parts, codebook, block_size, weight)
-    return torch.nn.functional.linear(x, weight, bias)
+    return dense_linear(x, weight, bias)
 
 
 def linear_transposed(

@@ -312,6 +312,23 @@ def _weight_memory(shape: tuple[int, int], operand: Tensor) -> Tensor:
     return buffer[:size].view(operand.dtype).view(shape)
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` of a decoded weight, in memory of its own.
+
+    torch's own product is a view of another tensor for inputs that are not 2-D, and torch up to
+    2.12 lets nobody add to such an output of an operator in place.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:  # torch records no graph of products into `out`
+        return torch.nn.functional.linear(x, weight, bias)
+    output = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    rows, out = x.reshape(-1, weight.shape[1]), output.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.T, out=out)
+    else:
+        torch.addmm(bias.detach(), rows, weight.T, out=out)
+    return output
+
+
 @torch.library.impl(_library, "linear", "CPU")
 def _linear_cpu(
     x: Tensor,
@@ -329,7 +346,7 @@ def _linear_cpu(
     scales = _plain_absmax(absmax, nested_absmax, nested_offset)
     memory = _weight_memory((out_features, in_features), x)
     weight = _decode(packed, scales, codebook, block_size, memory)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return dense_linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @torch.library.register_fake("fourbit::linear")
