@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fourbit import _core
 from fourbit._core import NonFiniteError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
+from fourbit.distributed import refuse_sharded
 from fourbit.experts import PARTS, experts_layouts, experts_weight
 from fourbit.linear import Linear4bit
 from fourbit.lora import LoraExperts, LoraLayer, LoraLinear, merged_experts, merged_weight
@@ -82,6 +83,7 @@ def export_merged(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; use bfloat16, float16 or float32")
+    refuse_sharded(model, "export the model")
     if has_peft_adapter(model):
         from fourbit.integrations.peft.export import base_model, peft_members
 

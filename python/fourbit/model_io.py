@@ -20,6 +20,7 @@ from fourbit import _core, ops
 from fourbit._core import CheckpointError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.codebook import Codebook
+from fourbit.distributed import is_distributed, is_sharded, whole, write_once
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import has_adapter
 from fourbit.model import replace_module
@@ -43,6 +44,9 @@ def save(
     A model of transformers has its configuration saved too, and transformers with bitsandbytes
     loads the folder. The index is written last: before it, nothing is there that loads.
 
+    Every process calls this for a model that is sharded over processes (FSDP2). The first one puts
+    tensor after tensor together and writes them, and none returns before all is written.
+
     Args:
         model: any module; its `Linear4bit` layers are written as they are, all else plain.
         folder: a new or empty folder.
@@ -51,6 +55,7 @@ def save(
     Raises:
         ValueError: if the model has adapters; they have files of their own.
         FileExistsError: if the folder holds a checkpoint.
+        RuntimeError: in the other processes, with what the first could not write.
     """
     if has_adapter(model):
         raise ValueError(
@@ -69,7 +74,8 @@ def save(
             written.append(_quantized_group(name, layers[path]))
         elif leaf == "bias":
             written.append(plain_group(name, tensor))
-    write_groups(folder, written, max_shard_bytes, config_files(model, layers))
+    files = config_files(model, layers)
+    write_groups(folder, written, max_shard_bytes, files, sharded=is_sharded(model))
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def stored_parts(name: str, layer: Linear4bit) -> list[StoredPart]:
         block_size=quantized.block_size,
         dtype=str(quantized.dtype).removeprefix("torch."),
         shape=list(quantized.shape),
-        nested_offset=None if offset is None else ops.float_values(offset.cpu()).item(),
+        nested_offset=None if offset is None else ops.float_values(whole(offset).cpu()).item(),
     )
     return [
         StoredPart(
@@ -151,25 +157,24 @@ def untied_state(model: nn.Module, *, apart: Collection[str] = ()) -> dict[str, 
 
     Raises:
         TypeError: for extra state of a module.
-        ValueError: for a tensor without data, or one that is sharded over processes.
+        ValueError: for a tensor without data.
     """
     state: dict[str, Tensor] = {}
     seen: set[tuple[Any, ...]] = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is extra state of a module, which is not supported")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no data; load the model first")
-        if hasattr(tensor, "to_local"):
-            # All shards claim the same address, and would be taken for one tensor.
-            raise ValueError(
-                f"{name} is sharded over processes (FSDP2); only adapters are saved from there, "
-                "with fourbit.save_adapter"
-            )
         if name in apart:
             state[name] = tensor
             continue
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
+        key: tuple[Any, ...]
+        if is_distributed(tensor):
+            # All shards claim the same address; a tied one is one object.
+            key = (id(tensor),)
+        else:
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
@@ -182,24 +187,34 @@ def write_groups(
     groups: list[TensorGroup],
     max_shard_bytes: int,
     files: list[tuple[str, bytes]],
+    *,
+    sharded: bool = False,
 ) -> None:
-    """Write a checkpoint; after an error or an interrupt, nothing is there that loads."""
-    writer = _core.CheckpointWriter(
-        Path(folder),
-        [group.entries for group in groups],
-        max_shard_bytes=max_shard_bytes,
-        files=files,
-    )
-    try:
-        with torch.no_grad():
-            for group in groups:
-                for (name, _, _), tensor in zip(group.entries, group.tensors(), strict=True):
-                    data = tensor.detach().cpu().contiguous().reshape(-1)
-                    writer.write(name, data.view(torch.uint8))
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
+    """Write a checkpoint; after an error or an interrupt, nothing is there that loads.
+
+    Tensors of a `sharded` model are written by the first process (`write_once`).
+    """
+
+    def write(tensors: Iterator[Tensor]) -> None:
+        writer = _core.CheckpointWriter(
+            Path(folder),
+            [group.entries for group in groups],
+            max_shard_bytes=max_shard_bytes,
+            files=files,
+        )
+        names = (name for group in groups for name, _, _ in group.entries)
+        try:
+            for name, tensor in zip(names, tensors, strict=True):
+                data = tensor.detach().cpu().contiguous().reshape(-1)
+                writer.write(name, data.view(torch.uint8))
+            writer.finish()
+        except BaseException:
+            writer.discard()
+            raise
+
+    with torch.no_grad():
+        all_tensors = (tensor for group in groups for tensor in group.tensors())
+        write_once(all_tensors, write, sharded=sharded)
 
 
 def config_files(model: nn.Module, layers: Mapping[str, Linear4bit]) -> list[tuple[str, bytes]]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fourbit._core import CheckpointError, NonFiniteError
+from fourbit.distributed import is_sharded, write_once
 from fourbit.files import sync_folder, write_aside
 from fourbit.lora.attach import (
     LoraLayer,
@@ -65,6 +66,9 @@ def save_adapter(
     Files are written under temporary names, flushed to the disk and renamed, the config last: what
     a killed process leaves behind is the adapter that was there before, or does not load.
 
+    Every process calls this for a model that is sharded over processes (FSDP2): the first one
+    writes, and none returns before the files are there. Under DDP the first alone calls it.
+
     Args:
         model: with an adapter; merged or not makes no difference.
         directory: made if it does not exist; an adapter in it is replaced.
@@ -75,11 +79,10 @@ def save_adapter(
         ValueError: if the model has no adapter.
         NonFiniteError: naming the parameter that training has made NaN or infinite.
         OSError: if the folder cannot be written.
+        RuntimeError: in the other processes, with what the first could not write.
     """
     state = adapter_state(model)
-    tensors = {_PREFIX + name: _plain(tensor) for name, tensor in _adapter_tensors(model).items()}
-    for name, tensor in tensors.items():
-        _check_finite(tensor, name, "the model")
+    parts = _adapter_tensors(model)
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(model, "name_or_path", None) or None
     causal = type(model).__name__.endswith("ForCausalLM")
@@ -90,11 +93,21 @@ def save_adapter(
     )
     config = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
     if fields["lora_dropout"] != state.config.lora_dropout:
         metadata[_DROPOUT] = repr(state.config.lora_dropout)
-    _replace_files(folder, safetensors.torch.save(tensors, metadata=metadata), config)
+
+    def write(whole: Iterator[Tensor]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in zip(parts, whole, strict=True):
+            key = _PREFIX + name
+            # In memory of its own, for a file that holds it alone.
+            tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            _check_finite(tensors[key], key, "the model")
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace_files(folder, safetensors.torch.save(tensors, metadata=metadata), config)
+
+    write_once(parts.values(), write, sharded=is_sharded(model))
 
 
 def load_adapter(
@@ -162,16 +175,6 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         own = model.get_submodule(path).state_dict()
         tensors.update({f"{path}.{name}": tensor for name, tensor in own.items()})
     return tensors
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, whole, and in memory of its own."""
-    whole: Any = tensor.detach()
-    if hasattr(whole, "full_tensor"):
-        # A shard of FSDP2: every process takes part in putting it together.
-        whole = whole.full_tensor()
-    plain: Tensor = whole.to("cpu", copy=True)
-    return plain.contiguous()
 
 
 def _replace_files(folder: Path, weights: bytes, config: bytes) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fourbit.distributed import is_distributed
 from fourbit.ops import FLOAT_DTYPES
 from fourbit.optim import state as state_of
 from fourbit.optim.options import check_options
 from fourbit.optim.paging import PagerName, PagingReport, Placement
 from fourbit.optim.paging.pages import Wanted
 from fourbit.optim.restore import read_state_dict
-from fourbit.optim.sharded import is_distributed, placements, usable_everywhere
+from fourbit.optim.sharded import placements, usable_everywhere
 from fourbit.optim.update import Update, is_whole, run, shares_memory, update_of
 
 WARN_EVERY = 100

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fourbit import _core, cuda_ops
+from fourbit.distributed import local
 from fourbit.ops import FLOAT_DTYPES
 from fourbit.optim.options import options_of
 from fourbit.optim.paging.card import Card
 from fourbit.optim.paging.pager import Pager
 from fourbit.optim.paging.round import Piece, Round
-from fourbit.optim.sharded import local, local_scales
+from fourbit.optim.sharded import local_scales
 from fourbit.optim.state import BLOCK_SIZE, SCALES
 from fourbit.optim.update import Update, finish, next_steps
 

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from fourbit._core import CheckpointError
+from fourbit.distributed import is_distributed
 from fourbit.files import replace_file
 from fourbit.optim.adamw import PagedAdamW
-from fourbit.optim.sharded import is_distributed
 from fourbit.tensor_file import TensorFile, strict_json, write_tensors
 
 FORMAT_VERSION = 1

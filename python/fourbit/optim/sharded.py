@@ -11,29 +11,13 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fourbit.distributed import is_distributed, local
 from fourbit.layout import block_count
 
 GRADIENT_LIMIT = 2.0**63
 """As the core's: the squares of larger gradients overflow, and they count as not finite."""
-
-
-# Asked of every tensor in every step; to look for an attribute in vain takes half a microsecond.
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``. Asked without importing that, which takes a second."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: its shard if it is distributed."""
-    if not is_distributed(tensor):
-        return tensor
-    shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return shard
 
 
 def placements(tensor: Tensor) -> Any:

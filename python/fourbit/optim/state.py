@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.optim.sharded import is_distributed, local, placements, shard_of, zero_scales
+from fourbit.distributed import is_distributed, local
+from fourbit.optim.sharded import placements, shard_of, zero_scales
 
 BLOCK_SIZE = 256
 """Elements of a moment that share a scale."""

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fourbit import _core
+from fourbit.distributed import local
 from fourbit.layout import block_count
 from fourbit.optim.options import options_of
-from fourbit.optim.sharded import local, local_scales
+from fourbit.optim.sharded import local_scales
 from fourbit.optim.state import BLOCK_SIZE, SCALES, State, bits_of, local_moments, moment_dtype
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fourbit.distributed import local
 from fourbit.optim.paging.card import Memory
-from fourbit.optim.sharded import local
 
 PAGE_BYTES = 16 * 2**20
 """A page's size, or a little less. Copies of so much run at the full speed of a bus of any kind

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fourbit._core import CudaError
+from fourbit.distributed import is_distributed, local
 from fourbit.optim.paging import card as cards
 from fourbit.optim.paging.card import Card
 from fourbit.optim.paging.pager import Pager, PagerName, choices
 from fourbit.optim.paging.pages import Moments, Wanted
 from fourbit.optim.paging.report import Counters, PagingReport
-from fourbit.optim.sharded import is_distributed, local
 
 
 class Placement:
