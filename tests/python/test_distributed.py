@@ -145,7 +145,8 @@ def check_files_of_fsdp(model: nn.Module, folder: Path) -> None:
     if dist.get_rank() == 0:
         fourbit.save(alone, folder / "alone")
         stored, expected = (
-            {p.name: p.read_bytes() for p in (folder / name).iterdir()} for name in ("base", "alone")
+            {p.name: p.read_bytes() for p in (folder / name).iterdir()}
+            for name in ("base", "alone")
         )
         assert stored == expected
     # Whoever writes cannot; all are told, and nobody waits for ever.
@@ -159,12 +160,11 @@ def check_files_of_fsdp(model: nn.Module, folder: Path) -> None:
 
 
 def our_llama() -> Any:
-    from lora_models import llama, quantize_linears, shake
+    from lora_models import llama, quantize_linears
 
     model = llama()
     quantize_linears(model)
-    fourbit.add_lora(model, r=4, lora_dropout=0.0, seed=0)
-    shake(model)
+    fourbit.add_lora(model, r=4, lora_dropout=0.0, init_lora_weights=False, seed=0)
     return model.train()
 
 
@@ -179,6 +179,22 @@ def peft_llama() -> Any:
     config = peft.LoraConfig(**options, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
     return peft.get_peft_model(model, config).train()
+
+
+def our_mixtral() -> Any:
+    """Experts in 4 bits, with adapters on every linear layer and on every expert."""
+    from lora_models import quantize_linears
+    from moe_models import moe
+
+    model = moe("Mixtral", torch.float32)
+    quantize_linears(model)
+    for module in list(model.modules()):
+        if type(module).__name__ == "MixtralExperts":
+            for name in ("gate_up_proj", "down_proj"):
+                set_experts(module, name, quantize_experts(getattr(module, name).data, groups=4))
+    fourbit.add_lora(model, r=4, lora_dropout=0.0, init_lora_weights=False, seed=0)
+    assert any(isinstance(layer, LoraExperts) for layer in lora_modules(model).values())
+    return model.train()
 
 
 def steps(model: nn.Module, rows: slice) -> Iterator[float]:
@@ -207,8 +223,8 @@ def shard(modules: list[nn.Module], policy: MixedPrecisionPolicy | None = None) 
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a Llama, and last itself."""
-    return [*(m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"), model]
+    """The blocks of a model, and last itself."""
+    return [*(m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")), model]
 
 
 def by_ddp(model: nn.Module) -> nn.Module:
@@ -287,6 +303,19 @@ def check_our_adapters(folder: Path) -> None:
     assert torch.equal(logits(model.eval()), logits(alone.eval()))
 
 
+def check_experts(folder: Path) -> None:
+    check_twenty_steps(our_mixtral, by_ddp)
+    model = check_twenty_steps(our_mixtral, by_fsdp)
+    fourbit.save_adapter(model, folder / "adapter")
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    state = get_model_state_dict(model, options=FULL)
+    if dist.get_rank() == 0:
+        trained = sum(".lora_" in name for name in state)
+        assert len(tensors) == trained
+        name = "model.layers.1.self_attn.q_proj.lora_B.weight"
+        assert torch.equal(tensors[f"base_model.model.{name}"], state[name])
+
+
 def check_adapters_of_peft(folder: Path) -> None:
     check_twenty_steps(peft_llama, by_ddp)
     check_twenty_steps(peft_llama, by_fsdp)
@@ -323,6 +352,7 @@ def check_everything(folder: Path) -> None:
         check_gradients_of_ddp,
         check_gradients_and_files_of_fsdp,
         check_our_adapters,
+        check_experts,
         check_adapters_of_peft,
         check_a_state_dict_fills_shards,
     ):

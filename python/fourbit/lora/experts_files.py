@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit._core import CheckpointError
+from fourbit.distributed import whole
 from fourbit.lora.config import AdapterConfig
 from fourbit.lora.experts import LoraExperts, experts_shape
 
@@ -57,14 +58,9 @@ def tensors_of(path: str, layer: LoraExperts) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, wrapper in wrapper_paths(path, layer.names).items():
         lora = layer.lora(name)
-        a, b = (_whole(part.detach()) for part in (lora.lora_A, lora.lora_B))
+        a, b = (whole(part.detach()) for part in (lora.lora_A, lora.lora_B))
         tensors[f"{wrapper}.{_A}"], tensors[f"{wrapper}.{_B}"] = file_a(a), file_b(b)
     return tensors
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    # A shard of FSDP2 along the experts: every process takes part in putting it together.
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def take_experts(
