@@ -22,7 +22,6 @@ try:
     from transformers.core_model_loading import (
         PrefixChange,
         WeightConverter,
-        apply_renamings,
         dot_natural_key,
         rename_source_key,
     )
@@ -81,14 +80,19 @@ class Conversions:
         """
         converter, key, _ = self._converter(next(iter(tensors)))
         if converter is None:
-            return {apply_renamings(name, self._renamings): t for name, t in tensors.items()}
+            return {self._renamed(name): t for name, t in tensors.items()}
         converter = deepcopy(converter)
         for name, tensor in tensors.items():
             _, _, pattern = self._converter(name)
             converter.add_tensor(key, name, pattern, tensor)
         model = self._model if shapes is None else _Resized(self._model, shapes)
         made = converter.convert(key, model=model, config=self._model.config)
-        return {apply_renamings(name, self._renamings): _one(t) for name, t in made.items()}
+        return {self._renamed(name): _one(t) for name, t in made.items()}
+
+    def _renamed(self, name: str) -> str:
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
 
     def _converter(self, name: str) -> tuple[Any, str, str | None]:
         """What takes a tensor apart, what it calls the result, and its pattern that matches."""
