@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -13,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from fourbit import _core, nvrtc
 from fourbit._core import CudaError
+from fourbit.integrations.versions import SUPPORTED, installed, is_too_old, is_untried
 
 Status: TypeAlias = Literal["ok", "missing", "broken", "unknown"]
 
@@ -86,17 +86,12 @@ def _fourbit() -> Finding:
     )
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _torch() -> Finding:
-    version = _version("torch")
+    version = installed("torch")
     if version is None:
         return Finding("torch", "missing", "not installed", "pip install torch")
+    if is_too_old("torch", version):
+        return _too_old("torch", version)
     cuda = nvrtc.torch_cuda()
     if cuda is None:
         return Finding(
@@ -106,6 +101,11 @@ def _torch() -> Finding:
             "for a GPU, install a CUDA build of torch; without one, nothing is needed",
         )
     return Finding("torch", "ok", f"{version}, built for CUDA {cuda}")
+
+
+def _too_old(name: str, version: str) -> Finding:
+    advice = f"{Path(sys.executable).name} -m pip install --upgrade {name}"
+    return Finding(name, "broken", f"{version}; {SUPPORTED[name].oldest} is needed", advice)
 
 
 def _driver() -> Iterator[Finding]:
@@ -233,9 +233,16 @@ def _writable(folder: Path) -> bool:
 
 
 def _package(name: str) -> Finding:
-    version = _version(name)
-    if version is not None:
+    version = installed(name)
+    if version is not None and name not in SUPPORTED:
         return Finding(name, "ok", version)
+    if version is not None:
+        if is_too_old(name, version):
+            return _too_old(name, version)
+        known = SUPPORTED[name]
+        tried = f"newer than {known.newest}, the newest that was tried; "
+        note = tried if is_untried(name, version) else ""
+        return Finding(name, "ok", f"{version} ({note}supported from {known.oldest})")
     extra = {"typer": "cli", "rich": "cli", "bitsandbytes": "bench"}.get(name, "hf")
     advice = f'where it is wanted: {Path(sys.executable).name} -m pip install "fourbit[{extra}]"'
     return Finding(name, "missing", "not installed; it is optional", advice)

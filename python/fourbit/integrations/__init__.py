@@ -1,6 +1,7 @@
 """Other libraries: all that touches them is here, and loaded only when they are.
 
 ========================  =========================================================================
+``versions``              which versions of them are supported
 ``on_import``             what is done to a library as soon as it is imported
 ``patching``              changes to a library that can be taken back
 ``transformers``          `from_pretrained`, `NF4Config` and the quantizer behind it

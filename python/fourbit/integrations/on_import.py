@@ -17,6 +17,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from fourbit.integrations.versions import require
+
 # The module of a library: the module of ours whose `register()` follows it.
 HOOKS = {
     "peft": "fourbit.integrations.peft.hook",
@@ -42,6 +44,7 @@ def _is_ready(library: str) -> bool:
 
 def _register(library: str) -> None:
     try:
+        require(library.partition(".")[0])
         import_module(HOOKS[library]).register()
     except Exception as error:
         # The library itself works, and someone may need it for something else.

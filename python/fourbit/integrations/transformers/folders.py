@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fourbit._core import CheckpointError
+from fourbit.integrations.versions import require
 from fourbit.model_io import Made, load
 
 
@@ -36,7 +37,7 @@ def from_pretrained(
     Raises:
         FileNotFoundError: without such a folder or its ``config.json``.
         CheckpointError: naming what is damaged or does not fit.
-        ImportError: without transformers.
+        ImportError: without transformers, or with one that is too old.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -52,6 +53,8 @@ def from_pretrained(
         raise ImportError(
             f'from_pretrained needs {error.name}; install it with pip install "fourbit[hf]"'
         ) from None
+    for library in ("transformers", "accelerate"):
+        require(library)
     config = transformers.AutoConfig.from_pretrained(path)
     if not hasattr(config, "quantization_config"):
         raise CheckpointError(

@@ -1,0 +1,75 @@
+"""The versions of other libraries that fourbit works with.
+
+pyproject.toml asks pip for the same oldest versions, and ``tests/oldest.sh`` runs tests on them;
+the newest are those that all tests were last run on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Range:
+    """Versions that are supported.
+
+    Attributes:
+        oldest: nothing older works.
+        newest: that was tried; later ones are expected to work, and are not refused.
+        why: what the versions before the oldest lack.
+    """
+
+    oldest: str
+    newest: str
+    why: str
+
+
+SUPPORTED = {
+    "torch": Range("2.8", "2.15", "compiling without graph breaks, and fully_shard's options"),
+    "transformers": Range("5.6", "5.23", "the table of what checkpoints call tensors of experts"),
+    "peft": Range("0.18", "0.21", "adapters on the parameters of experts"),
+    "trl": Range("1.9", "1.16", "datasets that say which tokens are learned"),
+    "accelerate": Range("1.10", "1.15", "support of the transformers that is needed"),
+}
+
+
+def installed(name: str) -> str | None:
+    """The version of a library, or None if it is not installed. It is not imported."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_too_old(name: str, version: str) -> bool:
+    """Whether a version of a library is older than those that fourbit works with."""
+    return _numbers(version) < _numbers(SUPPORTED[name].oldest)
+
+
+def is_untried(name: str, version: str) -> bool:
+    """Whether a version of a library is newer than the newest that was tried."""
+    newest = _numbers(SUPPORTED[name].newest)
+    return _numbers(version)[: len(newest)] > newest
+
+
+def require(name: str) -> None:
+    """Refuse a library that is too old.
+
+    Raises:
+        ImportError: naming its version and the oldest one that works.
+    """
+    version = installed(name)
+    if version is not None and is_too_old(name, version):
+        known = SUPPORTED[name]
+        raise ImportError(
+            f"{name} {version} is too old for fourbit, which needs {known.oldest} or later "
+            f"({known.why}); run pip install --upgrade {name}"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``"5.6.0.dev0+cpu"`` -> ``(5, 6, 0)``: what a version is ordered by here."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in release[0].split(".")) if release else ()
