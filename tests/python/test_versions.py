@@ -18,8 +18,10 @@ import transformers
 import fourbit
 from conftest import REPOSITORY
 from fourbit import diagnosis
+from fourbit.experts import quantize_experts, set_experts
 from fourbit.integrations import on_import, versions
 from fourbit.integrations.versions import SUPPORTED, installed, is_too_old, is_untried, require
+from moe_models import moe
 from test_trainers import losses, trained, trainer
 
 LIBRARIES = [name for name in SUPPORTED if name != "torch"]
@@ -150,6 +152,18 @@ def test_versions_are_compared_as_numbers(
     # What is imported works without us, and says why we are not there.
     with pytest.warns(UserWarning, match="not registered with transformers.*too old"):
         on_import._register("transformers.quantizers.auto")
+
+
+def test_what_needs_a_later_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", lambda name: "0.20.0")
+    model = moe("Mixtral")
+    for name, module in model.named_modules():
+        if name.endswith("experts"):
+            quantized = quantize_experts(module.down_proj.data)
+            set_experts(module, "down_proj", quantized)
+    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
+    with pytest.raises(ImportError, match=r"peft 0\.20\.0 is too old for target_param.*: 0\.21"):
+        peft.get_peft_model(model, config)
 
 
 def test_a_short_run_of_sfttrainer(plain_folder: Path, tmp_path: Path) -> None:

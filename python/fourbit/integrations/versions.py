@@ -29,10 +29,19 @@ class Range:
 SUPPORTED = {
     "torch": Range("2.8", "2.15", "compiling without graph breaks, and fully_shard's options"),
     "transformers": Range("5.6", "5.23", "the table of what checkpoints call tensors of experts"),
-    "peft": Range("0.18", "0.21", "adapters on the parameters of experts"),
+    "peft": Range("0.18", "0.21", "adapters beside the transformers that is needed"),
     "trl": Range("1.9", "1.16", "datasets that say which tokens are learned"),
     "accelerate": Range("1.10", "1.15", "support of the transformers that is needed"),
 }
+
+
+FEATURES = {
+    "target_parameters on 4-bit experts": (
+        "peft",
+        Range("0.21", "0.21", "adapters of experts that lie as the weights do"),
+    ),
+}
+"""What needs a later version of a library than the rest does."""
 
 
 def installed(name: str) -> str | None:
@@ -60,11 +69,24 @@ def require(name: str) -> None:
     Raises:
         ImportError: naming its version and the oldest one that works.
     """
+    _require(name, SUPPORTED[name], "fourbit")
+
+
+def require_feature(feature: str) -> None:
+    """Refuse a library that is too old for one of the `FEATURES`.
+
+    Raises:
+        ImportError: naming its version and the oldest one that works.
+    """
+    name, known = FEATURES[feature]
+    _require(name, known, feature)
+
+
+def _require(name: str, known: Range, what: str) -> None:
     version = installed(name)
-    if version is not None and is_too_old(name, version):
-        known = SUPPORTED[name]
+    if version is not None and _numbers(version) < _numbers(known.oldest):
         raise ImportError(
-            f"{name} {version} is too old for fourbit, which needs {known.oldest} or later "
+            f"{name} {version} is too old for {what}: {known.oldest} or later is needed "
             f"({known.why}); run pip install --upgrade {name}"
         )
 

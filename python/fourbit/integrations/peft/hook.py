@@ -26,6 +26,7 @@ from torch import nn
 
 from fourbit.experts import experts_layouts
 from fourbit.integrations.patching import Patches
+from fourbit.integrations.versions import require_feature
 from fourbit.linear import Linear4bit
 
 _patches = Patches()
@@ -106,6 +107,7 @@ def _create_and_replace(
     get_base: Any = getattr(target, "get_base_layer", None)
     base = get_base() if callable(get_base) else target
     if experts_layouts(base) and kwargs.get("parameter_name") is not None:
+        require_feature("target_parameters on 4-bit experts")
         check_experts(lora_config, current_key)
         # Also for weights of the module that are dense: one forward has to know of all adapters.
         config = copy.copy(lora_config)
