@@ -4,7 +4,9 @@ It changes no line of a test. What a test imports is prepared before: the name
 ``BitsAndBytesConfig`` (the config line), the hub's cache (`models`), one data set, and marks that
 skip a test only because there is no GPU. The mode is in the environment:
 
-- ``bitsandbytes``: everything as it is. What passes so can pass here at all.
+- ``bitsandbytes``: everything as it is.
+- ``portable``: the same, without the repacking that bitsandbytes does on a processor with AVX-512
+  BF16. What passes in one of the two can pass here at all.
 - ``takeover``: ``fourbit.replace_bitsandbytes()`` before the first test, and nothing else.
 - ``config``: ``BitsAndBytesConfig(load_in_4bit=True, ...)`` makes a ``fourbit.NF4Config``.
 """
@@ -66,23 +68,31 @@ def use_local_data() -> None:
     datasets.load_dataset = load_dataset
 
 
-def train_in_bf16() -> None:
-    """``fp16=True`` of a Trainer, which accelerate has for GPUs only, is bf16 on a CPU."""
+def train_in_fp16() -> None:
+    """``fp16=True`` of a Trainer is autocast here; accelerate has it for GPUs only."""
+    import torch
     import transformers
 
     init = transformers.TrainingArguments.__init__
+    context = transformers.Trainer.compute_loss_context_manager
 
     @functools.wraps(init)
     def on_cpu(self: Any, *arguments: Any, fp16: bool = False, **options: Any) -> None:
-        if fp16:
-            options["bf16"] = True
         init(self, *arguments, use_cpu=True, **options)
+        self._upstream_fp16 = fp16
+
+    def with_autocast(self: Any) -> Any:
+        if getattr(self.args, "_upstream_fp16", False):
+            return torch.autocast("cpu", dtype=torch.float16)
+        return context(self)
 
     transformers.TrainingArguments.__init__ = on_cpu
+    transformers.Trainer.compute_loss_context_manager = with_autocast
 
 
 def name_cuda_cpu() -> None:
     """``.to("cuda")``, ``.to(0)`` and ``.cuda()`` are names of the one device that there is."""
+    import bitsandbytes
     import torch
 
     def renamed(device: Any) -> Any:
@@ -92,7 +102,7 @@ def name_cuda_cpu() -> None:
             return "cpu"
         return device
 
-    for owner in (torch.Tensor, torch.nn.Module):
+    for owner in (torch.Tensor, torch.nn.Module, bitsandbytes.nn.Params4bit):
         move = owner.to
 
         @functools.wraps(move)
@@ -105,6 +115,14 @@ def name_cuda_cpu() -> None:
 
         owner.to = to  # type: ignore[method-assign]
         owner.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+
+def leave_weights_packed_as_they_are() -> None:
+    import bitsandbytes.backends.cpu.ops
+    import bitsandbytes.nn.modules
+
+    for module in (bitsandbytes.nn.modules, bitsandbytes.backends.cpu.ops):
+        module.has_avx512bf16 = lambda: False
 
 
 def use_config_line() -> None:
@@ -121,15 +139,18 @@ def pytest_configure(config: pytest.Config) -> None:
     lift_module_skips()
     name_cuda_cpu()
     use_local_data()
-    train_in_bf16()
+    train_in_fp16()
     if MODE == "takeover":
         import fourbit
 
         fourbit.replace_bitsandbytes()
     elif MODE == "config":
         use_config_line()
+    elif MODE == "portable":
+        leave_weights_packed_as_they_are()
     elif MODE != "bitsandbytes":
-        raise pytest.UsageError(f"the mode {MODE!r} is none of bitsandbytes, takeover, config")
+        modes = "bitsandbytes, portable, takeover, config"
+        raise pytest.UsageError(f"the mode {MODE!r} is none of {modes}")
 
 
 def _keep_mark(mark: pytest.Mark) -> bool:
