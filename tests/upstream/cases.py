@@ -12,15 +12,22 @@ FILES: dict[str, dict[str, str]] = {
             r"|replace_lora_weights|alora_forward|eva_initialization_consistency.*model_bnb"
         ),
         "tests/test_quantization.py": r"bnb_4bit",
-        "tests/test_torch_compile.py": r"(?=.*compile)(?!.*trainer_compile)(?!.*pytorch_compile)",
         "tests/test_tuners_utils.py": r"linear_layers_lora_bnb_\d",
+        "tests/test_torch_compile.py": r"compile",
     },
 }
 
 # Names that say 8 bits, or another method. `all_linear_..._bnb_N` takes 4 and 8 bits in turns.
 NOT_4BIT = re.compile(
-    r"8bit|quantized_model\[8\]|gptq|lora_bnb_\d*[13579]_"
+    r"8bit|quantized_model\[8\]|gptq|lora_bnb_\d*[13579]_|config_no_loftq|trainer_compile|pytorch_compile"
 )
+
+
+# Tests that count the parameters of a published model: they get it in its full size.
+FULL_SIZE = ("tests/test_common_gpu.py", "print_4bit_expected")
+
+# Tests that name a class of bitsandbytes or PEFT are run twice: the second time `isinstance` also
+# takes ours, to see whether all the rest of the test holds.
 
 
 def counts(test: str) -> bool:

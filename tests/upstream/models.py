@@ -218,7 +218,11 @@ TINY: dict[str, Make] = {
 
 # What a test asks these models to go on with, and one of the sentences that it expects.
 ANSWER = "Hello my name is John and I am 25 years old."
-ANSWERING = ("bigscience/bloom-1b7", "openai-community/gpt2-xl", "TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+ANSWERING = (
+    "bigscience/bloom-1b7",
+    "openai-community/gpt2-xl",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+)
 
 # Adapter -> the model that it is for.
 ADAPTERS = {"ybelkada/test-st-lora": "facebook/opt-350m"}

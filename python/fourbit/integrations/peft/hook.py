@@ -9,6 +9,9 @@ what is touched                                 and why
 ``PeftMixedModel.get_nb_trainable_parameters``  the same
 ``prepare_model_for_kbit_training``             is `fourbit.prepare_for_training` for our models
 ``replace_lora_weights_loftq``                  is ours for our models
+``resolve_quantization_backend``                gives BOFT, MiSS, OFT, SHiRA, VeRA our weights
+``BaseTunerLayer._get_base_layer_device_...``   tells the dtype of weights that are bytes
+``BaseTuner._check_merge_allowed``              refuses methods that would merge into bytes
 ==============================================  ==================================================
 
 Weights of experts come through ``_create_and_replace`` with ``parameter_name``.
@@ -56,6 +59,23 @@ def install() -> None:
         (loftq_utils, "replace_lora_weights_loftq", _replace_loftq),
     ):
         _originals[name] = _patches.function(inspect.unwrap(getattr(module, name)), code)
+    _install_for_all_methods()
+
+
+def _install_for_all_methods() -> None:
+    """What methods other than LoRA need."""
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    name = "_get_base_layer_device_and_dtype"
+    _patches.attribute(BaseTunerLayer, name, _with_weight_dtype(getattr(BaseTunerLayer, name)))
+    name = "_check_merge_allowed"
+    _patches.attribute(BaseTuner, name, _checking_merge(getattr(BaseTuner, name)))
+    try:
+        from peft.utils import quantization_utils
+    except ImportError:  # versions before this table: such methods are not merged then
+        return
+    name = "resolve_quantization_backend"
+    _originals[name] = _patches.function(getattr(quantization_utils, name), _resolve)
 
 
 def uninstall() -> None:
@@ -174,6 +194,42 @@ def _counting(original: Callable[[Any], tuple[int, int]]) -> Callable[[Any], tup
     return get_nb_trainable_parameters
 
 
+def _with_weight_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_base_layer_device_and_dtype(self: Any, base_layer: nn.Module) -> Any:
+        """Where adapters of a layer go, and the dtype in which they start."""
+        if isinstance(base_layer, Linear4bit):
+            return base_layer.weight.device, base_layer.weight_dtype
+        return original(self, base_layer)
+
+    return _get_base_layer_device_and_dtype
+
+
+def _checking_merge(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    def _check_merge_allowed(self: Any) -> None:
+        """Refuse methods that take a weight for numbers."""
+        _check_mergeable(self.model)
+        original(self)
+
+    return _check_merge_allowed
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from fourbit.integrations.peft.layer import LoraLinear4bit
+
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, LoraLinear4bit):
+            continue
+        base = layer.get_base_layer()
+        if isinstance(base, Linear4bit) and getattr(layer, "quantization_backend", None) is None:
+            method = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
+            raise ValueError(
+                f"{path} is in 4 bits, into which PEFT's {method} cannot be merged; keep the "
+                "adapter beside it, or load the base in 16 bits and merge there"
+            )
+
+
 def _prepare(*args, **kwargs):  # type: ignore[no-untyped-def]
     # Runs as a function of another module: it sees nothing of this one.
     from fourbit.integrations.peft.hook import prepare_model_for_kbit_training
@@ -185,6 +241,21 @@ def _replace_loftq(*args, **kwargs):  # type: ignore[no-untyped-def]
     from fourbit.integrations.peft.hook import replace_lora_weights_loftq
 
     return replace_lora_weights_loftq(*args, **kwargs)
+
+
+def _resolve(*args, **kwargs):  # type: ignore[no-untyped-def]
+    from fourbit.integrations.peft.hook import resolve_quantization_backend
+
+    return resolve_quantization_backend(*args, **kwargs)
+
+
+def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
+    """PEFT's function of that name, which knows `Linear4bit` too."""
+    from fourbit.integrations.peft.backend import FourbitBackend
+
+    if isinstance(base_layer, Linear4bit):
+        return FourbitBackend()
+    return _originals["resolve_quantization_backend"](base_layer, **kwargs)
 
 
 def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:

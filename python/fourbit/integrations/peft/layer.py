@@ -249,11 +249,6 @@ class LoraLinear4bit(Linear):  # type: ignore[misc]
                 rest = weight.sub_(delta, alpha=self.scaling[adapter_name])
             base.set_quantized(requantize(rest, base.quantized()))
 
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: Linear4bit
-    ) -> tuple[torch.device, torch.dtype]:
-        return base_layer.weight.device, base_layer.weight_dtype
-
     def _bias_with(self, names: list[str], bias: Tensor | None) -> Tensor | None:
         for name in names:
             if not self.lora_bias.get(name):
