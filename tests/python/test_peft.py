@@ -16,6 +16,8 @@ import pytest
 import torch
 from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import quantization_utils
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -358,13 +360,16 @@ def test_preparing_for_training_casts_nothing() -> None:
 def test_the_hook_comes_out_again() -> None:
     prepare = peft.prepare_model_for_kbit_training
     loftq = peft.replace_lora_weights_loftq.__wrapped__
+    resolve = quantization_utils.resolve_quantization_backend
 
     def state() -> list[Any]:
         return [
             LoraModel._create_and_replace,
             peft.PeftModel.get_nb_trainable_parameters,
             peft.PeftMixedModel.get_nb_trainable_parameters,
-            *(prepare.__code__, loftq.__code__),
+            BaseTuner._check_merge_allowed,
+            BaseTunerLayer._get_base_layer_device_and_dtype,
+            *(prepare.__code__, loftq.__code__, resolve.__code__),
             *(prepare.__defaults__, loftq.__defaults__, dict(vars(prepare)), dict(vars(loftq))),
         ]
 
@@ -372,7 +377,7 @@ def test_the_hook_comes_out_again() -> None:
     ours.uninstall()
     try:
         before = state()
-        assert not any(a is b for a, b in zip(installed[:5], before[:5], strict=True))
+        assert not any(a is b for a, b in zip(installed[:8], before[:8], strict=True))
         assert LoraModel._create_and_replace.__module__ == "peft.tuners.lora.model"
         assert inspect.signature(prepare) == signature
         model = llama(torch.bfloat16)

@@ -23,7 +23,7 @@ Make = Callable[[], Any]
 
 
 def opt(layers: int, dtype: str = "float16", sure: float = 1.0, **other: Any) -> Make:
-    """OPT; `sure` scales its logits, for tests of probabilities that a trained model spreads far."""
+    """OPT; `sure` scales its logits: a trained model spreads probabilities further."""
 
     def make() -> Any:
         from transformers import OPTConfig, OPTForCausalLM
@@ -228,16 +228,19 @@ ANSWERING = (
 ADAPTERS = {"ybelkada/test-st-lora": "facebook/opt-350m"}
 
 
+WORDS = """
+the of and a to in is you that it he was for on are as with his they at be this have from
+or one had by word but not what all were we when your can said there use an each which
+she do how their if will up other about out many then them these so some her would make
+like him into time has look two more write go see number no way could people my than
+"""
+
+
 def quotes() -> list[str]:
     """Sentences of random words, in place of a data set of quotes."""
     import random
 
-    words = (
-        "the of and a to in is you that it he was for on are as with his they at be this have from "
-        "or one had by word but not what all were we when your can said there use an each which "
-        "she do how their if will up other about out many then them these so some her would make "
-        "like him into time has look two more write go see number no way could people my than"
-    ).split()
+    words = WORDS.split()
     draw = random.Random(SEED)
     return [" ".join(draw.choices(words, k=draw.randint(5, 40))) + "." for _ in range(400)]
 

@@ -52,7 +52,6 @@ def lift_module_skips() -> None:
 
 def use_local_data() -> None:
     import datasets
-
     from models import quotes
 
     rows = {"quote": quotes()}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fourbit._core import NonFiniteError
 from fourbit.integrations.peft.dora import DoraVariant
 from fourbit.integrations.peft.support import LOSSY_MERGE
-from fourbit.linear import Linear4bit
 from fourbit.lora.dora import KeptNorms
 from fourbit.lora.layer import add_side, base_weight
 from fourbit.lora.loftq import requantize
