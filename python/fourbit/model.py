@@ -9,6 +9,7 @@ from torch import nn
 
 from fourbit import _core
 from fourbit.codebook import Codebook, as_codebook
+from fourbit.experts import experts_layouts
 from fourbit.linear import Linear4bit
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,6 +56,22 @@ def quantize_model(
             raise type(error)(f"layer {path}: {error}") from None
         replace_module(model, layer, quantized.train(layer.training))
     return model
+
+
+def hidden_numbers(model: nn.Module) -> int:
+    """How many more numbers a model has than its parameters have elements.
+
+    A byte of a 4-bit weight stands for two, and bytes of scales for none.
+    """
+    hidden = 0
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            parts = module.named_parameters(recurse=False)
+            packed = sum(part.numel() for name, part in parts if name.startswith("weight"))
+            hidden += module.in_features * module.out_features - packed
+        for layout in experts_layouts(module).values():
+            hidden += layout.shape.numel() - sum(layout.part_sizes())
+    return hidden
 
 
 def layers_to_quantize(

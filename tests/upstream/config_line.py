@@ -22,10 +22,19 @@ def translate(original: type) -> Any:
 
 def accept_our_classes(module: ModuleType) -> None:
     """``isinstance`` with PEFT's or bitsandbytes' class of a 4-bit layer takes ours too."""
+    from peft.tuners import ia3, randlora, road
+
     from fourbit import Linear4bit
     from fourbit.integrations.peft.layer import LoraLinear4bit
 
-    for name, ours in (("LoraLinear4bit", LoraLinear4bit),):
+    # Methods without a layer of ours have PEFT's plain one on a `Linear4bit`.
+    pairs = {
+        "LoraLinear4bit": LoraLinear4bit,
+        "IA3Linear4bit": ia3.layer.Linear,
+        "RandLoraLinear4bit": randlora.layer.Linear,
+        "RoadLinear4bit": road.layer.Linear,
+    }
+    for name, ours in pairs.items():
         theirs = getattr(module, name, None)
         if isinstance(theirs, type):
             setattr(module, name, (theirs, ours))

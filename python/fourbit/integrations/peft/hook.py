@@ -31,6 +31,7 @@ from fourbit.experts import experts_layouts
 from fourbit.integrations.patching import Patches
 from fourbit.integrations.versions import require_feature
 from fourbit.linear import Linear4bit
+from fourbit.model import hidden_numbers
 
 _patches = Patches()
 _originals: dict[str, Callable[..., Any]] = {}
@@ -182,14 +183,7 @@ def _counting(original: Callable[[Any], tuple[int, int]]) -> Callable[[Any], tup
     def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         """Numbers that are trained, and all numbers; those of 4-bit weights count one by one."""
         trained, total = original(self)
-        for module in self.modules():
-            if isinstance(module, Linear4bit):
-                parts = module.named_parameters(recurse=False)
-                packed = sum(part.numel() for name, part in parts if name.startswith("weight"))
-                total += module.in_features * module.out_features - packed
-            for layout in experts_layouts(module).values():
-                total += layout.shape.numel() - sum(layout.part_sizes())
-        return trained, total
+        return trained, total + hidden_numbers(self)
 
     return get_nb_trainable_parameters
 

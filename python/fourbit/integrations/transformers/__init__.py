@@ -6,6 +6,7 @@
 ``quantizer``       what transformers calls while it loads, saves and dequantizes a model
 ``operations``      one tensor on its way from a file into the model
 ``checkpoints``     which layers of a model are quantized in a folder
+``counting``        ``num_parameters()`` of models
 ``registration``    how transformers comes to know of all this
 ==================  ==============================================================================
 """
