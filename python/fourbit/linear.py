@@ -143,6 +143,7 @@ class Linear4bit(nn.Linear):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory."""
+        self._keep_bytes()
         nested_absmax, nested_offset = self.weight_nested_absmax, self.weight_nested_offset
         return QuantizedTensor(
             self.weight.data,
@@ -186,6 +187,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in nn.Linear
         """``input`` [..., in_features] -> [..., out_features], in the dtype of `input`."""
+        self._keep_bytes()
         return ops.linear(
             input,
             self.bias,
@@ -198,6 +200,17 @@ class Linear4bit(nn.Linear):
             self.out_features,
             self.in_features,
         )
+
+    def _keep_bytes(self) -> None:
+        # Scripts of old prepare a model by `param.data = param.data.to(torch.float32)` for every
+        # parameter of one dimension, norms in mind. A byte is a number in every float type, so
+        # what they have done to the scales is undone without loss.
+        if self.weight_absmax.dtype is torch.uint8:
+            return
+        for name in ("weight_absmax", "weight_nested_absmax", "weight_nested_offset"):
+            part = getattr(self, name)
+            if part is not None:
+                part.data = part.data.to(torch.uint8)
 
     def reset_parameters(self) -> None:
         """A frozen weight has no initialisation; libraries call this on every module."""

@@ -256,3 +256,21 @@ def test_operators_do_not_write_their_inputs():
     ops.linear(torch.randn(2, 40), None, *parts, "nf4", 64, 24, 40)
     originals = (q.packed, q.absmax, q.nested_absmax, q.nested_offset)
     assert all(torch.equal(a, b) for a, b in zip(parts, originals, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_casting_every_vector_changes_nothing(dtype, double_quant):
+    # Many scripts for 4-bit training cast all parameters of one dimension, meaning norms.
+    layer = Linear4bit.from_linear(nn.Linear(96, 80), double_quant=double_quant)
+    before, x = copy.deepcopy(layer.state_dict()), torch.randn(3, 96)
+    expected = layer(x)
+    for use in (lambda: layer(x), layer.quantized):
+        for name, part in layer.named_parameters():
+            if part.ndim == 1 and name != "bias":
+                part.data = part.data.to(dtype)
+        assert layer.weight_absmax.dtype == dtype
+        use()
+        assert all(torch.equal(part, before[name]) for name, part in layer.state_dict().items())
+        assert {p.dtype for n, p in layer.named_parameters() if n != "bias"} == {torch.uint8}
+    assert torch.equal(layer(x), expected)
