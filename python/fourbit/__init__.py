@@ -13,6 +13,7 @@ The modules, in the order in which data flows through them:
 ``lora``            adapters: `add_lora`, `save_adapter`, `load_adapter`, `merge`, `unmerge`
 ``model``           `quantize_model`
 ``model_io``        `save`, `load`: models and folders
+``distributed``     models that are sharded over processes
 ``integrations``    `from_pretrained`, `NF4Config`; PEFT on 4-bit layers
 ``training``        `prepare_for_training`
 ``optim``           `PagedAdamW`, `save_optimizer`, `load_optimizer`
@@ -118,6 +119,7 @@ _HOMES = {
 }
 _MODULE_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = {home.partition(".")[0] for home in _HOMES} | {
+    "distributed",
     "expert_ops",
     "experts",
     "layout",

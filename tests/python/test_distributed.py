@@ -5,6 +5,7 @@ is the truth; every process computes it for itself.
 """
 
 import copy
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -347,6 +348,17 @@ def check_a_state_dict_fills_shards(folder: Path) -> None:
         assert torch.equal(distributed.whole(part), source.state_dict()[name]), name
 
 
+def check_the_example(folder: Path) -> None:
+    path = REPOSITORY / "examples" / "02_two_processes.py"
+    spec = importlib.util.spec_from_file_location("two_processes", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for ddp in (False, True):
+        options = SimpleNamespace(ddp=ddp, steps=1, batch_size=1, output=folder)
+        example.train(options, torch.device("cpu"))
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+
+
 def check_everything(folder: Path) -> None:
     for check in (
         check_gradients_of_ddp,
@@ -355,6 +367,7 @@ def check_everything(folder: Path) -> None:
         check_experts,
         check_adapters_of_peft,
         check_a_state_dict_fills_shards,
+        check_the_example,
     ):
         mine = folder / check.__name__
         mine.mkdir(exist_ok=True)
