@@ -285,7 +285,10 @@ def check_twenty_steps(make: Callable[[], Any], spread: Callable[[Any], nn.Modul
     whole = sum(part.numel() * part.element_size() for part in single.parameters())
     held = distributed.local_bytes(model)
     print(f"{make.__name__} {spread.__name__}, rank {rank}: {held} of {whole} bytes", flush=True)
-    if spread is not by_ddp:
+    packed = sum(part.numel() for part in single.parameters() if part.dtype == torch.uint8)
+    if spread is not by_ddp and distributed.sharding_options(single):
+        assert held == packed + (whole - packed) // WORLD
+    elif spread is not by_ddp:
         # Each parameter's shards differ by a row at most, a few hundred bytes of the largest.
         assert held < 0.52 * whole
     return model
@@ -302,6 +305,18 @@ def check_our_adapters(folder: Path) -> None:
     quantize_linears(alone)
     load_adapter(alone, folder / "adapter")
     assert torch.equal(logits(model.eval()), logits(alone.eval()))
+
+
+def check_torch_that_cannot_shard_bytes(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_SHARDS_BYTES_SINCE", (999, 0))
+        model = check_twenty_steps(our_llama, by_fsdp)
+        assert distributed.sharding_options(model)
+        fourbit.save_adapter(model, folder / "adapter")
+        assert (folder / "adapter" / "adapter_config.json").is_file()
+        patch.setattr(torch.distributed.fsdp, "fully_shard", lambda module: module)
+        with pytest.raises(RuntimeError, match=r"neither shard 4-bit weights .* torch 2\.12"):
+            distributed.sharding_options(model)
 
 
 def check_experts(folder: Path) -> None:
@@ -364,6 +379,7 @@ def check_everything(folder: Path) -> None:
         check_gradients_of_ddp,
         check_gradients_and_files_of_fsdp,
         check_our_adapters,
+        check_torch_that_cannot_shard_bytes,
         check_experts,
         check_adapters_of_peft,
         check_a_state_dict_fills_shards,
