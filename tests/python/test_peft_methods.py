@@ -123,3 +123,11 @@ def test_methods_that_would_merge_into_bytes_are_refused(
             merge()
     assert torch.equal(logits(model), before)
     model.unload()
+
+
+@pytest.mark.parametrize("method", ["Hira", "LoHa", "LoKr", "UniLora"])
+def test_methods_that_would_compute_with_bytes_are_refused(models: Any, method: str) -> None:
+    config = getattr(peft, f"{method}Config")(**TARGETS)
+    with pytest.raises(ValueError, match=rf"PEFT's {method.lower()} computes with the weight"):
+        adapted(models[0], config)
+    peft.get_peft_model(copy.deepcopy(models[1]), config)  # a dense layer has numbers

@@ -188,7 +188,7 @@ TINY: dict[str, Make] = {
         4, hidden_size=128, word_embed_proj_dim=64, do_layer_norm_before=False
     ),
     "facebook/opt-6.7b": opt(4),
-    "peft-internal-testing/tiny-random-OPTForCausalLM": opt(2, dtype="float32"),
+    "peft-internal-testing/tiny-random-OPTForCausalLM": opt(2, dtype="float32", init_std=0.02),
     "bigscience/bloom-1b7": bloom(64),
     "bigscience/bloom-560m": bloom(64),
     "bigscience/bloomz-560m": bloom(1024),

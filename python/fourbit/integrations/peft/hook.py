@@ -12,6 +12,7 @@ what is touched                                 and why
 ``resolve_quantization_backend``                gives BOFT, MiSS, OFT, SHiRA, VeRA our weights
 ``BaseTunerLayer._get_base_layer_device_...``   tells the dtype of weights that are bytes
 ``BaseTuner._check_merge_allowed``              refuses methods that would merge into bytes
+``BaseTuner._replace_module``                   refuses methods that multiply with bytes
 ==============================================  ==================================================
 
 Weights of experts come through ``_create_and_replace`` with ``parameter_name``.
@@ -35,6 +36,9 @@ from fourbit.model import hidden_numbers
 
 _patches = Patches()
 _originals: dict[str, Callable[..., Any]] = {}
+# Methods of PEFT that take the weight itself, or its dtype, for numbers while they compute. Others
+# that do so fail in PEFT while the adapter is made.
+_NEED_NUMBERS = ("hira", "loha", "lokr", "unilora")
 
 
 def install() -> None:
@@ -69,8 +73,11 @@ def _install_for_all_methods() -> None:
 
     name = "_get_base_layer_device_and_dtype"
     _patches.attribute(BaseTunerLayer, name, _with_weight_dtype(getattr(BaseTunerLayer, name)))
-    name = "_check_merge_allowed"
-    _patches.attribute(BaseTuner, name, _checking_merge(getattr(BaseTuner, name)))
+    for name, wrapped in (
+        ("_check_merge_allowed", _checking_merge),
+        ("_replace_module", _checking_method),
+    ):
+        _patches.attribute(BaseTuner, name, wrapped(getattr(BaseTuner, name)))
     try:
         from peft.utils import quantization_utils
     except ImportError:  # versions before this table: such methods are not merged then
@@ -192,10 +199,34 @@ def _with_weight_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
     def _get_base_layer_device_and_dtype(self: Any, base_layer: nn.Module) -> Any:
         """Where adapters of a layer go, and the dtype in which they start."""
         if isinstance(base_layer, Linear4bit):
+            _check_method(self)
             return base_layer.weight.device, base_layer.weight_dtype
         return original(self, base_layer)
 
     return _get_base_layer_device_and_dtype
+
+
+def _method(layer: Any) -> str:
+    return type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
+
+
+def _check_method(layer: Any) -> None:
+    if _method(layer) in _NEED_NUMBERS:
+        raise ValueError(
+            f"PEFT's {_method(layer)} computes with the weight of a layer, which is in 4 bits "
+            "here; use LoRA, or load the base in 16 bits"
+        )
+
+
+def _checking_method(original: Callable[..., None]) -> Callable[..., None]:
+    def _replace_module(self: Any, parent: Any, child_name: str, new: Any, child: Any) -> None:
+        """Refuse methods that would compute with bytes."""
+        get_base: Any = getattr(new, "get_base_layer", None)
+        if callable(get_base) and isinstance(get_base(), Linear4bit):
+            _check_method(new)
+        original(self, parent, child_name, new, child)
+
+    return _replace_module
 
 
 def _checking_merge(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -217,10 +248,9 @@ def _check_mergeable(model: nn.Module) -> None:
             continue
         base = layer.get_base_layer()
         if isinstance(base, Linear4bit) and getattr(layer, "quantization_backend", None) is None:
-            method = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
             raise ValueError(
-                f"{path} is in 4 bits, into which PEFT's {method} cannot be merged; keep the "
-                "adapter beside it, or load the base in 16 bits and merge there"
+                f"{path} is in 4 bits, into which PEFT's {_method(layer)} cannot be merged; keep "
+                "the adapter beside it, or load the base in 16 bits and merge there"
             )
 
 
