@@ -378,6 +378,7 @@ def add_quantization_config(
     double_quant: bool,
     dtype: str,
     skipped: list[str],
+    experts: bool = False,
 ) -> str: ...
 def convert(
     source: str | PathLike[str],

@@ -83,6 +83,14 @@ class ExpertsLayout:
         """Blocks in all."""
         return block_count(self.shape.numel(), self.block_size)
 
+    @property
+    def group_shape(self) -> torch.Size:
+        """Of each group: [rows of all / groups, columns], or all of them in 3-D."""
+        experts, rows, columns = self.shape
+        if self.groups == 1:
+            return self.shape
+        return torch.Size((experts * rows // self.groups, columns))
+
     def part_sizes(self) -> tuple[int, int, int, int]:
         """Bytes of the four parts; 0 for one that is not there."""
         packed = packed_bytes(self.shape.numel(), self.codebook.code_bits)
@@ -126,8 +134,6 @@ class QuantizedExperts:
         It is what a checkpoint holds as one tensor.
         """
         layout, groups = self.layout, self.layout.groups
-        experts, rows, columns = layout.shape
-        shape = layout.shape if groups == 1 else torch.Size((experts * rows // groups, columns))
 
         def cut(part: Tensor | None) -> Tensor | None:
             if part is None:
@@ -145,7 +151,7 @@ class QuantizedExperts:
             nested_offset,
             layout.codebook,
             layout.block_size,
-            shape,
+            layout.group_shape,
             layout.dtype,
         )
 
@@ -288,6 +294,30 @@ def set_empty_experts(
             empty = torch.zeros(shape, dtype=torch.uint8, device=device)
             value = nn.Parameter(empty, requires_grad=False)
         module.register_parameter(name + ending, value)
+
+
+def set_group(module: nn.Module, name: str, index: int, quantized: QuantizedTensor) -> None:
+    """Fill one group of a quantized weight that `set_empty_experts` made room for.
+
+    Raises:
+        ValueError: if it is not quantized as the layout says, or of another size.
+    """
+    place = experts_weight(module, name).group(index)
+    parts = (quantized.packed, quantized.absmax, quantized.nested_absmax, quantized.nested_offset)
+    places = (place.packed, place.absmax, place.nested_absmax, place.nested_offset)
+    for part, target in zip(parts, places, strict=True):
+        if (part is None) != (target is None) or (
+            part is not None and target is not None and part.numel() != target.numel()
+        ):
+            raise ValueError(f"{quantized} does not fit a group of {name}, which is {place}")
+        if part is not None and target is not None:
+            target.copy_(part.reshape(target.shape))
+
+
+def part_of(module: nn.Module, leaf: str) -> str | None:
+    """The quantized weight of a module that a parameter is a part of; None for any other one."""
+    wholes = (name for name in experts_layouts(module) for end in PARTS if leaf == name + end)
+    return next(wholes, None)
 
 
 def _lay_out(module: nn.Module, name: str, layout: ExpertsLayout) -> None:

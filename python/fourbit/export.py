@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,13 @@ from fourbit import _core
 from fourbit._core import NonFiniteError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.distributed import refuse_sharded
-from fourbit.experts import PARTS, experts_layouts, experts_weight
+from fourbit.experts import experts_layouts, experts_weight, part_of
+from fourbit.file_groups import TensorGroup, write_groups
+from fourbit.integrations import is_of_transformers
 from fourbit.linear import Linear4bit
 from fourbit.lora import LoraExperts, LoraLayer, LoraLinear, merged_experts, merged_weight
 from fourbit.lora.attach import has_peft_adapter
-from fourbit.model_io import (
-    TensorGroup,
-    config_files,
-    untied_state,
-    was_untied,
-    without_quantization,
-    write_groups,
-)
+from fourbit.model_io import config_files, untied_state, was_untied, without_quantization
 from fourbit.tensor_file import file_dtype
 
 if TYPE_CHECKING:
@@ -155,7 +149,7 @@ def frozen_member(owner: nn.Module | None, leaf: str, tensor: Tensor) -> Member 
             return None
         shape = torch.Size((owner.out_features, owner.in_features))
         return Member(owner.weight_dtype, shape, owner.dequantize)
-    if owner is not None and (of := _experts_part(owner, leaf)) is not None:
+    if owner is not None and (of := part_of(owner, leaf)) is not None:
         if of != leaf:
             return None
         weight = experts_weight(owner, leaf)
@@ -169,12 +163,6 @@ def paths_above(name: str) -> Iterator[str]:
     while at >= 0:
         yield name[:at]
         at = name.find(".", at + 1)
-
-
-def _experts_part(module: nn.Module, leaf: str) -> str | None:
-    """The quantized 3-D weight of a module that one of its parameters is a part of."""
-    names = (name for name in experts_layouts(module) for end in PARTS if leaf == name + end)
-    return next(names, None)
 
 
 def _merged(layer: LoraLinear) -> Member:
@@ -233,8 +221,7 @@ def _target(member: Member, dtype: torch.dtype | None) -> torch.dtype:
 
 def _table(model: nn.Module) -> Conversions | None:
     """How checkpoints hold the tensors of a model of transformers; None for any other model."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if not is_of_transformers(model):
         return None
     from fourbit.integrations.conversions import Conversions
 
@@ -258,7 +245,7 @@ def _plain_files(
         files = {name: (folder / name).read_bytes() for name in _core.small_files(folder)}
         files["config.json"] = (folder / "config.json").read_bytes()
     elif hasattr(config, "to_json_string"):
-        files = dict(config_files(model, {}))
+        files = dict(config_files(model))
     if tokenizer_from is not None:
         own = _tokenizer_files(Path(tokenizer_from))
         files = {name: data for name, data in files.items() if name not in TOKENIZER_FILES} | own

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
-from fourbit import _core
 from fourbit.codebook import Codebook, as_codebook
-from fourbit.experts import experts_layouts
+from fourbit.experts import experts_layouts, quantize_experts, set_experts
 from fourbit.linear import Linear4bit
+from fourbit.targets import Targets, weights_to_quantize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,8 +27,9 @@ def quantize_model(
 ) -> Model:
     """Put `Linear4bit` in the place of a model's linear layers, one after the other, in place.
 
-    Output heads, routers of experts, layers tied to another module and layers smaller than one
-    block stay as they are, as ``fourbit.convert`` leaves them.
+    The 3-D weights of transformers' mixtures of experts are quantized too. Output heads, routers of
+    experts, layers tied to another module and layers smaller than one block stay as they are, as
+    ``fourbit.convert`` leaves them.
 
     Args:
         model: any module.
@@ -35,7 +37,8 @@ def quantize_model(
         block_size: elements of a weight that share a scale.
         double_quant: whether the scales are quantized too.
         only: glob patterns over paths of layers, as ``fourbit.convert`` takes them; others stay,
-            and heads and routers that match do not.
+            and heads and routers that match do not. Weights of experts go by their names
+            (``model.layers.0.mlp.experts.gate_up_proj``).
         skip: glob patterns over paths of layers that stay.
 
     Returns:
@@ -44,10 +47,13 @@ def quantize_model(
     Raises:
         NonFiniteError: naming the layer and the first weight that is NaN or infinite.
         ValueError: for a pattern that matches no linear layer, or a model without any to quantize.
+
+    Warns:
+        UserWarning: naming experts that stay in 16 bits since they cannot be quantized.
     """
     book = as_codebook(codebook)
-    targets = layers_to_quantize(model, block_size=block_size, only=only, skip=skip)
-    for path, layer in targets.items():
+    targets = weights_to_quantize(model, block_size=block_size, only=only, skip=skip)
+    for path, layer in targets.layers.items():
         try:
             quantized = Linear4bit.from_linear(
                 layer, codebook=book, block_size=block_size, double_quant=double_quant
@@ -55,6 +61,22 @@ def quantize_model(
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {path}: {error}") from None
         replace_module(model, layer, quantized.train(layer.training))
+    for name, groups in targets.experts.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        try:
+            weight = quantize_experts(
+                module.get_parameter(leaf),
+                codebook=book,
+                block_size=block_size,
+                double_quant=double_quant,
+                groups=groups,
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"experts {name}: {error}") from None
+        set_experts(module, leaf, weight)
+        compute_with_fourbit(module)
+    warn_of_kept_experts(targets)
     return model
 
 
@@ -74,67 +96,22 @@ def hidden_numbers(model: nn.Module) -> int:
     return hidden
 
 
-def layers_to_quantize(
-    model: nn.Module,
-    *,
-    block_size: int = 64,
-    only: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    keep: Callable[[str], bool] = lambda path: False,
-) -> dict[str, nn.Linear]:
-    """The layers that `quantize_model` replaces, by path; the model may be on the meta device.
+def compute_with_fourbit(module: nn.Module) -> None:
+    """Have a module of transformers' experts computed by `fourbit.experts.experts_forward`."""
+    from fourbit.integrations.transformers.experts import use_fourbit
 
-    Args:
-        model: any module.
-        block_size: layers smaller than a block stay.
-        only: as in `quantize_model`.
-        skip: as in `quantize_model`.
-        keep: says of a path that its layer stays, whatever `only` says.
+    use_fourbit(module)
 
-    Raises:
-        ValueError: for a pattern that is no glob or matches no linear layer, or if there is
-            nothing to quantize.
-    """
-    # What inherits from nn.Linear may compute something else with its weight.
-    layers = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
-    named, skipped = _core.matched_modules(list(only), list(skip), list(layers))
-    tied = _tied_parameters(model)
-    head = _output_embeddings(model)
 
-    def wanted(path: str, layer: nn.Linear, named: bool) -> bool:
-        if id(layer.weight) in tied or layer.weight.numel() < block_size or keep(path):
-            return False
-        return named if only else _core.kept_module(path) is None and layer is not head
-
-    targets = {
-        path: layer
-        for (path, layer), is_named, is_skipped in zip(layers.items(), named, skipped, strict=True)
-        if not is_skipped and wanted(path, layer, is_named)
-    }
-    if not targets:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer to quantize: all that it has are heads, "
-            "routers, tied, smaller than a block, or left out by the options"
+def warn_of_kept_experts(targets: Targets) -> None:
+    """Say which experts stay in 16 bits: they may be most of the model."""
+    if targets.kept_experts:
+        name, reason = next(iter(targets.kept_experts.items()))
+        more = len(targets.kept_experts) - 1
+        warnings.warn(
+            f"experts stay in 16 bits: {name}{f' and {more} more' if more else ''}; {reason}",
+            stacklevel=3,
         )
-    return targets
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get: Any = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _tied_parameters(model: nn.Module) -> set[int]:
-    """The parameters that more than one module holds."""
-    seen: set[int] = set()
-    tied: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            (tied if id(parameter) in seen else seen).add(id(parameter))
-    return tied
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,12 +19,23 @@ from fourbit import _core, ops
 from fourbit._core import CheckpointError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.codebook import Codebook
-from fourbit.distributed import is_distributed, is_sharded, whole, write_once
+from fourbit.distributed import is_distributed, is_sharded
+from fourbit.experts import experts_layouts, experts_weight, part_of
+from fourbit.file_groups import (
+    TensorGroup,
+    converted_group,
+    expert_groups,
+    quantized_group,
+    write_groups,
+)
+from fourbit.integrations import is_of_transformers
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import has_adapter
-from fourbit.model import replace_module
+from fourbit.model import compute_with_fourbit, replace_module
+from fourbit.names_in_files import NamesInFiles
 from fourbit.quantized import QuantizedTensor
-from fourbit.tensor_file import TORCH_DTYPES, file_dtype
+from fourbit.stored_experts import StoredExperts, is_expert_weight
+from fourbit.tensor_file import TORCH_DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,19 +51,22 @@ def save(
 ) -> None:
     """Write a quantized model to a folder: what ``fourbit.convert`` writes, from memory.
 
-    A model of transformers has its configuration saved too, and transformers with bitsandbytes
-    loads the folder. The index is written last: before it, nothing is there that loads.
+    A model of transformers has its configuration saved too, its tensors have the names of its
+    checkpoints, and transformers with bitsandbytes loads the folder if no experts are quantized.
+    The index is written last: before it, nothing is there that loads.
 
     Every process calls this for a model that is sharded over processes (FSDP2). The first one puts
     tensor after tensor together and writes them, and none returns before all is written.
 
     Args:
-        model: any module; its `Linear4bit` layers are written as they are, all else plain.
+        model: any module; its `Linear4bit` layers and its quantized experts are written as they
+            are, all else plain.
         folder: a new or empty folder.
         max_shard_bytes: largest size of one file.
 
     Raises:
-        ValueError: if the model has adapters; they have files of their own.
+        ValueError: if the model has adapters; they have files of their own. For experts that are
+            quantized in groups of which no checkpoint's names are known.
         FileExistsError: if the folder holds a checkpoint.
         RuntimeError: in the other processes, with what the first could not write.
     """
@@ -62,92 +75,28 @@ def save(
             "the model has adapters; save them with fourbit.save_adapter, "
             "or take them out with fourbit.remove_lora first"
         )
-    layers = {
-        path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)
-    }
+    modules = dict(model.named_modules())
+    names = NamesInFiles(model)
     written: list[TensorGroup] = []
+    plain: dict[str, Tensor] = {}
     for name, tensor in untied_state(model).items():
         path, _, leaf = name.rpartition(".")
-        if path not in layers:
-            written.append(plain_group(name, tensor))
-        elif leaf == "weight":
-            written.append(_quantized_group(name, layers[path]))
-        elif leaf == "bias":
-            written.append(plain_group(name, tensor))
-    files = config_files(model, layers)
-    write_groups(folder, written, max_shard_bytes, files, sharded=is_sharded(model))
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """Tensors of one file: names, dtypes and shapes, and how to get them when they are written."""
-
-    entries: list[tuple[str, str, list[int]]]
-    tensors: Callable[[], Iterator[Tensor]]
-
-
-def plain_group(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorGroup:
-    """A tensor as it is, or cast to `dtype` when it is written."""
-
-    def tensors() -> Iterator[Tensor]:
-        yield tensor if dtype is None else tensor.to(dtype)
-
-    return TensorGroup(
-        [(name, file_dtype(name, dtype or tensor.dtype), list(tensor.shape))], tensors
-    )
-
-
-def _quantized_group(name: str, layer: Linear4bit) -> TensorGroup:
-    parts = stored_parts(name, layer)
-    return TensorGroup(
-        [(part.name, part.dtype, part.shape) for part in parts],
-        lambda: (part.tensor() for part in parts),
-    )
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """One of the tensors that a quantized weight is in a file, and how to get its bytes."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-    tensor: Callable[[], Tensor]
-
-
-def stored_parts(name: str, layer: Linear4bit) -> list[StoredPart]:
-    """The tensors of a file that hold a layer's weight, which is called `name` there."""
-    quantized = layer.quantized()
-    offset = quantized.nested_offset
-    parts, state = _core.quantized_layout(
-        name,
-        codebook=quantized.codebook.core,
-        block_size=quantized.block_size,
-        dtype=str(quantized.dtype).removeprefix("torch."),
-        shape=list(quantized.shape),
-        nested_offset=None if offset is None else ops.float_values(whole(offset).cpu()).item(),
-    )
-    return [
-        StoredPart(
-            part["name"],
-            part["dtype"],
-            part["shape"],
-            partial(_part, quantized, part["part"], state),
-        )
-        for part in parts
+        module = modules.get(path, model)
+        whole = part_of(module, leaf)
+        if isinstance(module, Linear4bit) and leaf != "bias":
+            if leaf == "weight":
+                written.append(quantized_group(names.of(name), module.quantized()))
+        elif whole is None:
+            plain[name] = tensor
+        elif whole == leaf:
+            weight = experts_weight(module, leaf)
+            written += expert_groups(names.of_experts(name, weight.layout), weight)
+    written += [
+        converted_group({name: plain[name] for name in members}, names)
+        for members in names.together(plain)
     ]
-
-
-def _part(quantized: QuantizedTensor, part: str, state: bytes) -> Tensor:
-    if part == "quant_map":
-        return torch.tensor(quantized.codebook.values)
-    if part == "nested_quant_map":
-        return torch.tensor(_core.Codebook.by_name("dynamic-signed").values)
-    if part == "quant_state":
-        return torch.frombuffer(bytearray(state), dtype=torch.uint8)
-    tensor: Tensor | None = getattr(quantized, part)
-    assert tensor is not None, part
-    return tensor
+    files = config_files(model, quantized=True)
+    write_groups(folder, written, max_shard_bytes, files, sharded=is_sharded(model))
 
 
 def untied_state(model: nn.Module, *, apart: Collection[str] = ()) -> dict[str, Tensor]:
@@ -182,69 +131,48 @@ def untied_state(model: nn.Module, *, apart: Collection[str] = ()) -> dict[str, 
     return state
 
 
-def write_groups(
-    folder: str | os.PathLike[str],
-    groups: list[TensorGroup],
-    max_shard_bytes: int,
-    files: list[tuple[str, bytes]],
-    *,
-    sharded: bool = False,
-) -> None:
-    """Write a checkpoint; after an error or an interrupt, nothing is there that loads.
+def config_files(model: nn.Module, *, quantized: bool = False) -> list[tuple[str, bytes]]:
+    """``config.json`` and ``generation_config.json`` of a transformers model.
 
-    Tensors of a `sharded` model are written by the first process (`write_once`).
+    Args:
+        model: any module; others have no such files.
+        quantized: whether to say how its weights are quantized.
     """
-
-    def write(tensors: Iterator[Tensor]) -> None:
-        writer = _core.CheckpointWriter(
-            Path(folder),
-            [group.entries for group in groups],
-            max_shard_bytes=max_shard_bytes,
-            files=files,
-        )
-        names = (name for group in groups for name, _, _ in group.entries)
-        try:
-            for name, tensor in zip(names, tensors, strict=True):
-                data = tensor.detach().cpu().contiguous().reshape(-1)
-                writer.write(name, data.view(torch.uint8))
-            writer.finish()
-        except BaseException:
-            writer.discard()
-            raise
-
-    with torch.no_grad():
-        all_tensors = (tensor for group in groups for tensor in group.tensors())
-        write_once(all_tensors, write, sharded=sharded)
-
-
-def config_files(model: nn.Module, layers: Mapping[str, Linear4bit]) -> list[tuple[str, bytes]]:
-    """``config.json`` and ``generation_config.json`` of a transformers model."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return []
     text = without_quantization(config.to_json_string())
     if was_untied(model):
         text = json.dumps({**json.loads(text), "tie_word_embeddings": False}, indent=2) + "\n"
-    if layers:
-        first = next(iter(layers.values()))
-        skipped = [
-            path
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and path not in layers
-        ]
-        text = _core.add_quantization_config(
-            text,
-            codebook=first.codebook.core,
-            block_size=first.block_size,
-            double_quant=first.double_quant,
-            dtype=str(first.weight_dtype).removeprefix("torch."),
-            skipped=skipped,
-        )
+    if quantized:
+        text = _with_quantization(text, model)
     files = [("config.json", text.encode())]
     generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "to_json_string"):
         files.append(("generation_config.json", generation.to_json_string().encode()))
     return files
+
+
+def _with_quantization(text: str, model: nn.Module) -> str:
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    experts = [layout for module in model.modules() for layout in experts_layouts(module).values()]
+    if not layers and not experts:
+        return text
+    first = layers[0] if layers else experts[0]
+    dtype = layers[0].weight_dtype if layers else experts[0].dtype
+    return _core.add_quantization_config(
+        text,
+        codebook=first.codebook.core,
+        block_size=first.block_size,
+        double_quant=first.double_quant,
+        dtype=str(dtype).removeprefix("torch."),
+        skipped=[
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+        ],
+        experts=bool(experts),
+    )
 
 
 def was_untied(model: nn.Module) -> bool:
@@ -272,9 +200,36 @@ def without_quantization(config: str) -> str:
 Made: TypeAlias = "tuple[list[str], Callable[[list[Tensor]], dict[str, Tensor]]]"
 """Names of stored tensors, and what makes tensors of the model, by name, of them."""
 
-Arrange: TypeAlias = "Callable[[list[str], list[str]], tuple[dict[str, str], list[Made]]]"
-"""Given the names of a folder's quantized weights and of its other tensors: the names that some of
-the weights have in the model, and what is made of some of the other tensors."""
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where the tensors of a folder go in a model.
+
+    Attributes:
+        renamed: the names that quantized weights have in the model, where not their own.
+        made: what tensors of the model are made of some of the others.
+        experts: for 3-D weights of experts, the quantized weights that make them up, in order.
+    """
+
+    renamed: Mapping[str, str]
+    made: Sequence[Made]
+    experts: Mapping[str, Sequence[str]]
+
+
+def _arrange(
+    model: nn.Module, quantized: Mapping[str, Any], plain: Mapping[str, Any]
+) -> Arrangement:
+    """Where things go: by their names, or as transformers' table says."""
+    if is_of_transformers(model):
+        from fourbit.integrations.transformers.arrange import arrange
+
+        return arrange(
+            model,
+            {name: entry["shape"] for name, entry in quantized.items()},
+            {name: entry["shape"] for name, entry in plain.items()},
+        )
+    weights = {name for name in quantized if is_expert_weight(model, name)}
+    return Arrangement({}, (), {name: (name,) for name in weights})
 
 
 def load(
@@ -282,19 +237,17 @@ def load(
     folder: str | os.PathLike[str],
     *,
     device: torch.device | str = "cpu",
-    arrange: Arrange | None = None,
 ) -> Model:
     """Fill a model from a folder of ours or of bitsandbytes, in place, tensor by tensor.
 
-    Linear layers whose weights are quantized in the folder become `Linear4bit`. Every tensor is
-    compared with its checksum where the folder has one (all of ours do).
+    Linear layers whose weights are quantized in the folder become `Linear4bit`, and 3-D weights of
+    experts become those of `fourbit.experts`. Every tensor is compared with its checksum where the
+    folder has one (all of ours do).
 
     Args:
-        model: with the folder's names; it may be on the meta device.
+        model: with the folder's names, or of transformers; it may be on the meta device.
         folder: of `save`, ``fourbit.convert`` or bitsandbytes; a plain safetensors folder works.
         device: where tensors go whose place in the model is on the meta device.
-        arrange: for a model whose tensors have other names than the folder's, or are made of
-            several of them.
 
     Returns:
         The model.
@@ -312,19 +265,22 @@ def load(
     of_quantized = {part for entry in quantized.values() for part in entry["parts"].values()}
     plain = {name: entry for name, entry in stored.items() if name not in of_quantized}
     state = model.state_dict(keep_vars=True)
-    made: list[Made] = []
     of_made: set[str] = set()
-    if arrange is not None:
-        places, made = arrange(list(quantized), list(plain))
-        quantized = {places.get(name, name): entry for name, entry in quantized.items()}
-        # What they become is known without their data.
-        for names, make in made:
-            entries = [plain.pop(name) for name in names]
-            meta = [torch.empty(e["shape"], dtype=_torch_dtype(e), device="meta") for e in entries]
-            for name, whole in make(meta).items():
-                plain[name] = {**entries[0], "shape": list(whole.shape)}
-                of_made.add(name)
-    _check_names(folder, model, state, quantized, plain)
+    arrangement = _arrange(model, quantized, plain)
+    of_experts = {
+        target: [quantized.pop(name) for name in names]
+        for target, names in arrangement.experts.items()
+    }
+    places = arrangement.renamed
+    quantized = {places.get(name, name): entry for name, entry in quantized.items()}
+    # What they become is known without their data.
+    for names, make in arrangement.made:
+        entries = [plain.pop(name) for name in names]
+        meta = [torch.empty(e["shape"], dtype=_torch_dtype(e), device="meta") for e in entries]
+        for name, whole in make(meta).items():
+            plain[name] = {**entries[0], "shape": list(whole.shape)}
+            of_made.add(name)
+    experts = _check_names(folder, model, state, quantized, plain, of_experts)
     _check_buffers(model, state)
 
     def read(name: str) -> Tensor:
@@ -339,7 +295,7 @@ def load(
         _assign(model, target, data.to(device=place, dtype=target.dtype))
 
     for name, entry in quantized.items():
-        tensor = _read_quantized(entry, read)
+        tensor = read_quantized(entry, read)
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
         assert isinstance(layer, nn.Linear)
@@ -350,12 +306,17 @@ def load(
             new = Linear4bit.from_quantized(tensor, bias=layer.bias)
             replace_module(model, layer, new.train(layer.training))
 
+    for weight in experts:
+        weight.fill(lambda entry: read_quantized(entry, read), device)
+        if is_of_transformers(model):
+            compute_with_fourbit(weight.module)
+
     def read_plain(name: str) -> Tensor:
         return read(name).view(_torch_dtype(stored[name])).reshape(stored[name]["shape"])
 
     for name in (name for name in plain if name not in of_made):
         fill(name, read_plain(name))
-    for names, make in made:
+    for names, make in arrangement.made:
         for name, whole in make([read_plain(name) for name in names]).items():
             fill(name, whole)
     return model
@@ -370,7 +331,13 @@ def _torch_dtype(entry: Any) -> torch.dtype:
         ) from None
 
 
-def _read_quantized(entry: Any, read: Callable[[str], Tensor]) -> QuantizedTensor:
+def read_quantized(entry: Any, read: Callable[[str], Tensor]) -> QuantizedTensor:
+    """A quantized weight of a folder.
+
+    Args:
+        entry: what the folder's reader says of it.
+        read: gives the bytes of a stored tensor by its name.
+    """
     # All parts are read, so that all are compared with their checksums.
     parts = {part: read(name) for part, name in entry["parts"].items()}
     nested_offset = None
@@ -407,7 +374,8 @@ def _check_names(
     state: Mapping[str, Tensor],
     quantized: Mapping[str, Any],
     plain: Mapping[str, Any],
-) -> None:
+    of_experts: Mapping[str, list[Any]],
+) -> list[StoredExperts]:
     """Every tensor of the folder has its place, and every place its tensor."""
 
     def refuse(what: str) -> CheckpointError:
@@ -432,6 +400,15 @@ def _check_names(
             if leaf != "bias":
                 packed.add(f"{path}.{leaf}")
                 filled.add(id(tensor))
+    experts: list[StoredExperts] = []
+    for name, entries in of_experts.items():
+        try:
+            experts.append(StoredExperts.of(model, name, entries))
+        except ValueError as error:
+            raise refuse(str(error)) from None
+        for part in experts[-1].part_names():
+            packed.add(part)
+            filled.add(id(state.get(part)))
     for name, entry in plain.items():
         if name not in state:
             raise refuse(f"the model has no tensor {name}")
@@ -447,6 +424,7 @@ def _check_names(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise refuse(f"it has no tensor {missing[0]}{more}")
+    return experts
 
 
 def _check_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -45,6 +45,8 @@ pub struct Quantization<'a> {
     pub dtype: Dtype,
     /// Full names of the linear modules that are not quantized.
     pub skipped: &'a [String],
+    /// Whether weights of experts are quantized, which only we can load.
+    pub experts: bool,
 }
 
 impl Config {
@@ -98,7 +100,7 @@ struct BitsandbytesFields<'a> {
     fourbit_format_version: u32,
 }
 
-/// The same for codebooks that only we read.
+/// The same for folders that only we read.
 #[derive(Serialize)]
 struct FourbitFields<'a> {
     quant_method: &'static str,
@@ -114,7 +116,7 @@ struct FourbitFields<'a> {
 impl Quantization<'_> {
     fn to_json(self) -> String {
         let compute_dtype = self.dtype.torch_name();
-        let text = if names::is_bitsandbytes(self.codebook.name()) {
+        let text = if names::is_bitsandbytes(self.codebook.name()) && !self.experts {
             serde_json::to_string_pretty(&BitsandbytesFields {
                 quant_method: "bitsandbytes",
                 load_in_4bit: true,
@@ -200,6 +202,7 @@ mod tests {
             double_quant: true,
             dtype: Dtype::Bf16,
             skipped: &[],
+            experts: false,
         }
     }
 

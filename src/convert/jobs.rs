@@ -15,6 +15,7 @@ use crate::layout::{Layout, element_count};
 use crate::{Error, Result};
 
 use super::Options;
+use super::experts::{experts_of, is_experts};
 use super::files::SmallFile;
 use super::rules::{Decision, Rules, must_be_skipped};
 
@@ -99,6 +100,7 @@ impl Jobs {
                 double_quant: options.double_quant,
                 dtype: main_dtype(&jobs),
                 skipped: &skipped(&jobs),
+                experts: jobs.iter().any(|job| job.quantizes_experts()),
             })
         });
         let source = identify(source);
@@ -126,6 +128,10 @@ impl Jobs {
 }
 
 impl Job {
+    fn quantizes_experts(&self) -> bool {
+        self.quantize.is_some() && is_experts(&self.tensor)
+    }
+
     fn record(&self) -> TensorRecord {
         TensorRecord {
             name: self.tensor.name.clone(),
@@ -234,8 +240,10 @@ fn skipped(jobs: &[Job]) -> Vec<String> {
         .filter_map(|job| must_be_skipped(&job.tensor, job.decision))
         .map(str::to_owned)
         .collect();
-    // Experts are named once, not once each.
-    let mut seen = HashSet::new();
+    // Experts are named once, not once each, and only where none of them is quantized.
+    let mut seen: HashSet<String> = (jobs.iter().filter(|job| job.quantize.is_some()))
+        .filter_map(|job| experts_of(&job.tensor.name).map(str::to_owned))
+        .collect();
     modules.retain(|module| seen.insert(module.clone()));
     if !head_quantized && !modules.iter().any(|module| module == HEAD) {
         modules.push(HEAD.to_owned());

@@ -6,6 +6,7 @@
 //! (`jobs`, [`rules`]), so equal sources and options give equal bytes, and an interrupted run
 //! continues where it was.
 
+mod experts;
 mod files;
 mod jobs;
 mod pipeline;

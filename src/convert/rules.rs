@@ -8,6 +8,8 @@ use crate::error::OptionProblem;
 use crate::layout::element_count;
 use crate::{BlockSize, Error, Result};
 
+use super::experts::{can_be_packed, experts_of, fits, is_experts, is_stacked};
+
 /// Names of embeddings: tables that are looked up, not multiplied with.
 const EMBEDDINGS: [&str; 19] = [
     "embed",
@@ -86,6 +88,10 @@ pub enum Reason {
     NotFloat,
     /// A weight of experts, all of them in one tensor or each in its own.
     Experts,
+    /// A weight of experts whose matrices are no whole blocks.
+    ExpertsBlocks,
+    /// A weight of experts that models of this type cannot compute with packed.
+    ExpertsForm,
     /// Not a matrix.
     NotMatrix,
     /// Fewer elements than one block.
@@ -116,6 +122,8 @@ impl Reason {
             Self::NotWeight => "not a weight",
             Self::NotFloat => "not floating point",
             Self::Experts => "mixture of experts",
+            Self::ExpertsBlocks => "experts whose matrices are not whole blocks",
+            Self::ExpertsForm => "experts that this model type computes with in another form",
             Self::NotMatrix => "not a matrix",
             Self::Small => "smaller than one block",
             Self::Embedding => "embedding",
@@ -135,6 +143,7 @@ pub struct Rules {
     skip: Patterns,
     block_size: BlockSize,
     transposed: bool,
+    packs_experts: bool,
     tied: bool,
 }
 
@@ -153,6 +162,7 @@ impl Rules {
             skip: Patterns::new("skip", skip)?,
             block_size,
             transposed: TRANSPOSED_TYPES.contains(&model_type),
+            packs_experts: can_be_packed(model_type),
             tied: config.tied,
         })
     }
@@ -164,7 +174,7 @@ impl Rules {
     /// quantized and is of a type that cannot be.
     pub fn decide(&self, tensor: &TensorInfo) -> Result<Decision> {
         let reason = self.reason(tensor)?;
-        let quantize = matches!(reason, Reason::Linear | Reason::Only);
+        let quantize = matches!(reason, Reason::Linear | Reason::Experts | Reason::Only);
         if quantize && tensor.dtype.element().is_none() {
             let dtype = tensor.dtype;
             return Err(
@@ -175,25 +185,18 @@ impl Rules {
     }
 
     fn reason(&self, tensor: &TensorInfo) -> Result<Reason> {
-        let Some(module) = module_of(&tensor.name) else {
-            let fused = tensor.shape.len() == 3 && has_part(&tensor.name, "experts");
-            return Ok(if fused {
-                Reason::Experts
-            } else {
-                Reason::NotWeight
-            });
+        let stacked = is_stacked(tensor);
+        let module = match module_of(&tensor.name) {
+            Some(module) => module,
+            None if stacked => &tensor.name,
+            None => return Ok(Reason::NotWeight),
         };
         let kind = self.kind(module);
         if !tensor.dtype.is_float() {
             return Ok(Reason::NotFloat);
         }
-        if let Some(reason) = kind.filter(|_| tensor.shape.len() != 2) {
-            return Ok(reason);
-        }
-        match tensor.shape.len() {
-            2 => {}
-            3 if has_part(module, "experts") => return Ok(Reason::Experts),
-            _ => return Ok(Reason::NotMatrix),
+        if tensor.shape.len() != 2 && !stacked {
+            return Ok(kind.unwrap_or(Reason::NotMatrix));
         }
         if element_count(&tensor.shape)? < self.block_size.get() as u64 {
             return Ok(Reason::Small);
@@ -204,11 +207,20 @@ impl Rules {
         if kind == Some(Reason::Tied) {
             return Ok(Reason::Tied);
         }
+        let experts = is_experts(tensor);
+        // Nothing could put them together, whoever names them.
+        if experts && !fits(tensor, self.block_size)? {
+            return Ok(Reason::ExpertsBlocks);
+        }
         if !self.only.is_empty() {
             let named = self.only.matches(&tensor.name);
             return Ok(if named { Reason::Only } else { Reason::NotOnly });
         }
-        Ok(kind.unwrap_or(Reason::Linear))
+        Ok(kind.unwrap_or(match (experts, self.packs_experts) {
+            (false, _) => Reason::Linear,
+            (true, true) => Reason::Experts,
+            (true, false) => Reason::ExpertsForm,
+        }))
     }
 
     /// Why a module of that name is no linear layer to be quantized, if it is none.
@@ -219,7 +231,6 @@ impl Rules {
             None if self.transposed && TRANSPOSED_LAYERS.contains(&last) => {
                 Some(Reason::Transposed)
             }
-            None if experts_of(module).is_some() => Some(Reason::Experts),
             reason => reason,
         }
     }
@@ -263,20 +274,6 @@ pub fn module_of(tensor: &str) -> Option<&str> {
     tensor.strip_suffix(".weight")
 }
 
-/// Of a numbered expert, the module that holds all of them: `mlp.experts` of
-/// `mlp.experts.3.up_proj`. transformers 5 puts the weights of all experts together into one
-/// tensor as it loads them, which it cannot do with packed codes.
-fn experts_of(module: &str) -> Option<&str> {
-    module
-        .match_indices("experts.")
-        .filter(|&(at, _)| at == 0 || module.get(..at).is_some_and(|before| before.ends_with('.')))
-        .find_map(|(at, found)| {
-            let number = module.get(at + found.len()..)?.split('.').next()?;
-            let numbered = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
-            module.get(..at + found.len() - 1).filter(|_| numbered)
-        })
-}
-
 /// Whether one of the dotted parts of a name is `part`.
 fn has_part(name: &str, part: &str) -> bool {
     name.split('.').any(|other| other == part)
@@ -294,10 +291,7 @@ pub fn must_be_skipped(tensor: &TensorInfo, decision: Decision) -> Option<&str> 
             Reason::Norm | Reason::Embedding | Reason::NotWeight
         );
     let module = module_of(&tensor.name).filter(|_| linear)?;
-    Some(match decision.reason {
-        Reason::Experts => experts_of(module).unwrap_or(module),
-        _ => module,
-    })
+    Some(experts_of(module).unwrap_or(module))
 }
 
 /// Which of the weights of some modules patterns match: `only`'s, then `skip`'s.
@@ -483,30 +477,15 @@ mod tests {
     }
 
     #[test]
-    fn loaders_are_told_of_all_experts_at_once() {
-        for (module, all) in [
-            (
-                "model.layers.0.mlp.experts.3.up_proj",
-                Some("model.layers.0.mlp.experts"),
-            ),
-            ("experts.0", Some("experts")),
-            ("experts.0.experts.x", Some("experts")),
-            ("experts.x.experts.12.w1", Some("experts.x.experts")),
-            ("mlp.shared_experts.0.w1", None),
-            ("mlp.experts.w1", None),
-            ("mlp.experts.", None),
-            ("mlp.experts", None),
-        ] {
-            assert_eq!(experts_of(module), all, "{module}");
-        }
-    }
-
-    #[test]
     fn the_config_decides_what_names_cannot() {
         let conv = "transformer.h.0.attn.c_attn.weight";
         assert_eq!(reason("{}", conv, &[64, 192]), Reason::Linear);
         let gpt2 = r#"{"model_type": "gpt2"}"#;
         assert_eq!(reason(gpt2, conv, &[64, 192]), Reason::Transposed);
+        let llama4 = r#"{"model_type": "llama4"}"#;
+        let experts = "feed_forward.experts.gate_up_proj";
+        assert_eq!(reason("{}", experts, &[4, 64, 64]), Reason::Experts);
+        assert_eq!(reason(llama4, experts, &[4, 64, 64]), Reason::ExpertsForm);
         let tied = r#"{"tie_word_embeddings": true}"#;
         assert_eq!(reason(tied, "lm_head.weight", &[64, 64]), Reason::Tied);
         assert_eq!(reason("{}", "lm_head.weight", &[64, 64]), Reason::Head);
@@ -526,6 +505,18 @@ mod tests {
         assert_eq!(
             reason("{}", "a.experts.down_proj", &[4, 64, 64]),
             Reason::Experts
+        );
+        assert_eq!(
+            reason("{}", "a.experts.down_proj", &[4, 64, 65]),
+            Reason::ExpertsBlocks
+        );
+        assert_eq!(
+            reason("{}", "a.experts.0.down_proj.weight", &[64, 65]),
+            Reason::ExpertsBlocks
+        );
+        assert_eq!(
+            reason("{}", "a.experts.down_proj_bias", &[4, 64]),
+            Reason::NotWeight
         );
         assert_eq!(reason("{}", "a.q_proj.weight", &[7, 9]), Reason::Small);
     }

@@ -333,7 +333,7 @@ pub(super) fn quantized_layout<'py>(
 
 /// The text of a config with a `quantization_config` added, all else as it is.
 #[pyfunction]
-#[pyo3(signature = (config, *, codebook, block_size, double_quant, dtype, skipped))]
+#[pyo3(signature = (config, *, codebook, block_size, double_quant, dtype, skipped, experts=false))]
 pub(super) fn add_quantization_config(
     config: String,
     codebook: &Codebook,
@@ -341,6 +341,7 @@ pub(super) fn add_quantization_config(
     double_quant: bool,
     dtype: &str,
     skipped: Vec<String>,
+    experts: bool,
 ) -> PyResult<String> {
     let add = || {
         let config = Config::parse(config)?;
@@ -353,6 +354,7 @@ pub(super) fn add_quantization_config(
             double_quant,
             dtype: torch_dtype(dtype)?,
             skipped: &skipped,
+            experts,
         }))
     };
     add().map_err(|error: Error| to_python(&error))

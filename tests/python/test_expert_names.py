@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 from fourbit.experts import experts_weight, quantize_experts, set_experts
-from fourbit.integrations.expert_names import expert_shapes, expert_sources, is_experts
-from fourbit.integrations.experts_interface import use_fourbit
+from fourbit.integrations.transformers.expert_names import expert_shapes, expert_sources, is_experts
+from fourbit.integrations.transformers.experts import use_fourbit
 from moe_models import logits, moe
 
 GATE_UP = ("gate_proj", "up_proj")

@@ -571,6 +571,10 @@ fn empty_and_odd_tensors_survive() {
             "experts.gate_up_proj".to_owned(),
             bf16_tensor(&[2, 2, 32], &[1.0; 128]),
         ),
+        (
+            "experts.down_proj".to_owned(),
+            bf16_tensor(&[4, 1, 96], &[1.0; 384]),
+        ),
         ("e.weight".to_owned(), f32_tensor(&[1, 65], &[0.0; 65])),
     ]
     .into();
@@ -586,6 +590,10 @@ fn empty_and_odd_tensors_survive() {
         ("c", "not a weight"),
         ("d.weight", "not a matrix"),
         ("experts.gate_up_proj", "mixture of experts"),
+        (
+            "experts.down_proj",
+            "experts whose matrices are not whole blocks",
+        ),
         ("e.weight", "linear layer"),
     ] {
         assert!(reasons.contains(&expected), "{expected:?} in {reasons:?}");

@@ -4,12 +4,20 @@
 ``versions``              which versions of them are supported
 ``on_import``             what is done to a library as soon as it is imported
 ``patching``              changes to a library that can be taken back
-``transformers``          `from_pretrained`, `NF4Config` and the quantizer behind it
+``transformers``          `from_pretrained`, `NF4Config`, the quantizer behind it, experts
 ``conversions``           transformers' table of what checkpoints call its tensors
-``expert_names``          where the weights of experts lie in checkpoints
-``experts_interface``     the forward of experts
 ``peft``                  PEFT's adapters on `Linear4bit`
 ``trainer``               `PagedAdamW` for bitsandbytes' optimizers of Trainer
 ``bitsandbytes``          `replace_bitsandbytes`, `restore_bitsandbytes`
 ========================  =========================================================================
 """
+
+from __future__ import annotations
+
+
+def is_of_transformers(model: object) -> bool:
+    """Whether a model is one of transformers, which is not imported to find out."""
+    return any(
+        (cls.__module__, cls.__name__) == ("transformers.modeling_utils", "PreTrainedModel")
+        for cls in type(model).__mro__
+    )

@@ -126,12 +126,15 @@ class Naming:
     Args:
         model: of transformers; it may be on the meta device. Its names are those it has now: a
             layer that is quantized later has its weight under the same name.
+        stored: the shapes of the checkpoint's tensors, where they may be others than the model's
+            under the same name: then the table says how the one is made of the other.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, stored: Mapping[str, Sequence[int]] | None = None) -> None:
         transforms = get_model_conversion_mapping(model)
         self._model = model
         self._state = model.state_dict()
+        self._stored = stored or {}
         self._prefix = model.base_model_prefix
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
@@ -144,7 +147,11 @@ class Naming:
         pattern of the table for one that goes into a tensor of several.
         """
         # A model that has the name as it is needs no table.
-        if name in self._state:
+        here = self._state.get(name)
+        shape = self._stored.get(name)
+        if here is not None and (
+            shape is None or here.dtype == torch.uint8 or tuple(here.shape) == tuple(shape)
+        ):
             return name, None
         found: tuple[str, str | None] = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._state
@@ -156,7 +163,11 @@ class Naming:
         return sorted(names, key=dot_natural_key)
 
     def make(
-        self, target: str, sources: Sequence[str], tensors: Sequence[Tensor]
+        self,
+        target: str,
+        sources: Sequence[str],
+        tensors: Sequence[Tensor],
+        shapes: Mapping[str, torch.Size] | None = None,
     ) -> dict[str, Tensor]:
         """The tensors of the model, by name, that are made of some of a checkpoint.
 
@@ -164,6 +175,7 @@ class Naming:
             target: the name that `place` gave for all of them.
             sources: their names in the checkpoint, sorted.
             tensors: they themselves.
+            shapes: that some of the model's parameters are to be taken to have.
 
         Raises:
             CheckpointError: if they are not those that the table expects.
@@ -175,7 +187,8 @@ class Naming:
         for name, pattern, tensor in zip(sources, patterns, tensors, strict=True):
             converter.add_tensor(target, name, pattern, tensor)
         try:
-            made = converter.convert(target, model=self._model, config=self._model.config)
+            model = self._model if shapes is None else _Resized(self._model, shapes)
+            made = converter.convert(target, model=model, config=self._model.config)
         except Exception as error:
             # Whatever it is, the tensors are not those that the table of transformers expects.
             names = f"{sources[0]} and {len(sources) - 1} more"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from fourbit._core import CheckpointError
 from fourbit.integrations.versions import require
-from fourbit.model_io import Made, load
+from fourbit.model_io import load
 
 
 def from_pretrained(
@@ -73,40 +72,13 @@ def from_pretrained(
     finally:
         torch.set_default_dtype(default)
     model.tie_weights()
-    load(model, path, device=device, arrange=partial(_arrange, model))
+    load(model, path, device=device)
     model.to(device)
     model.config._name_or_path = str(path)
     model.config.dtype = dtype
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
-
-
-def _arrange(
-    model: Any, quantized: list[str], plain: list[str]
-) -> tuple[dict[str, str], list[Made]]:
-    """Where the tensors of a checkpoint go whose names the model does not have.
-
-    transformers renames tensors of some checkpoints, and makes one tensor of many: the experts of
-    a layer are stored one by one and computed with as one. Its own table says how.
-    """
-    state = model.state_dict()
-    if all(name in state for name in (*quantized, *plain)):
-        return {}, []
-    from fourbit.integrations.conversions import Naming
-
-    naming = Naming(model)
-    # Packed codes can be renamed and nothing else.
-    places = {name: naming.place(name) for name in quantized}
-    renamed = {name: new for name, (new, pattern) in places.items() if pattern is None}
-    groups: dict[str, list[str]] = {}
-    for name in naming.sorted(plain):
-        target, pattern = naming.place(name)
-        if target != name and (pattern is not None or target not in groups):
-            groups.setdefault(target, []).append(name)
-    return renamed, [
-        (sources, partial(naming.make, target, sources)) for target, sources in groups.items()
-    ]
 
 
 def _config_dtype(config: Any) -> torch.dtype:

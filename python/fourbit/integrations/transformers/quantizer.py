@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fourbit._core import CheckpointError
+from fourbit.file_groups import stored_parts
 from fourbit.integrations.transformers.checkpoints import (
     StoredLayer,
     checkpoint_folder,
@@ -21,8 +22,8 @@ from fourbit.integrations.transformers.checkpoints import (
 from fourbit.integrations.transformers.config import NF4Config
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import has_adapter
-from fourbit.model import layers_to_quantize, replace_module
-from fourbit.model_io import stored_parts
+from fourbit.model import replace_module
+from fourbit.targets import weights_to_quantize
 from fourbit.tensor_file import TORCH_DTYPES
 
 # The mark by which transformers knows what it need not initialise.
@@ -99,14 +100,14 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
                     read_as=stored.storage,
                 )
             return
-        targets = layers_to_quantize(
+        targets = weights_to_quantize(
             model,
             block_size=self.config.block_size,
             only=self.config.only,
             skip=self.config.skip,
             keep=lambda path: self._is_kept(model, path),
         )
-        for path, layer in targets.items():
+        for path, layer in targets.layers.items():
             self._make_room(
                 model,
                 path,
@@ -250,7 +251,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name} is offloaded; load the model with device_map={{'': 'cpu'}} to save it"
                 )
             if leaf == "weight":
-                for part in stored_parts(name, layers[path]):
+                for part in stored_parts(name, layers[path].quantized()):
                     data = part.tensor().view(TORCH_DTYPES[part.dtype])
                     state[part.name] = data.reshape(part.shape)
         return state, {}

@@ -14,14 +14,16 @@ Packed codes cannot be put in another order, so that experts of the last kind st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fourbit._core import CheckpointError
 from fourbit.experts import experts_layouts
-from fourbit.integrations.conversions import Conversions
+from fourbit.integrations.conversions import Conversions, Naming
 
 ExpertSources: TypeAlias = "dict[str, tuple[str, ...] | None]"
 """For the name of each 3-D weight of experts, the names of the tensors that checkpoints hold it as,
@@ -70,6 +72,8 @@ def expert_sources(model: Any) -> ExpertSources:
     """
     shapes = expert_shapes(model)
     sources: ExpertSources = dict.fromkeys(shapes)
+    if not shapes:
+        return sources
     conversions = Conversions(model)
     for names in conversions.together(model.state_dict()):
         if any(name in shapes for name in names) and all(name in shapes for name in names):
@@ -77,24 +81,70 @@ def expert_sources(model: Any) -> ExpertSources:
     return sources
 
 
+def sources_of(
+    naming: Naming,
+    target: str,
+    stored: Mapping[str, Sequence[int]],
+    experts: Mapping[str, torch.Size],
+) -> dict[str, tuple[str, ...]] | None:
+    """Which of a checkpoint's tensors make up weights of experts, in the order of their elements.
+
+    Args:
+        naming: of the model.
+        target: the name that it gives for all of the tensors.
+        stored: the shapes of the tensors, by name, sorted.
+        experts: the shapes of the model's weights of experts.
+
+    Returns:
+        For each weight the names of its tensors; None where they are put together otherwise than
+        one after the other, or make something else.
+    """
+    probes = _probes(stored)
+    narrow = {name: torch.Size((*shape[:-1], PROBE_COLUMNS)) for name, shape in experts.items()}
+    try:
+        made = naming.make(target, list(probes), list(probes.values()), narrow)
+    except CheckpointError:
+        return None
+    found: dict[str, tuple[str, ...]] = {}
+    for name, whole in made.items():
+        if whole.shape != narrow.get(name):
+            return None
+        # Where each number has come to be.
+        places = torch.full((sum(probe.numel() for probe in probes.values()),), -1)
+        places[whole.flatten().long()] = torch.arange(whole.numel())
+        pieces = {source: places[probe.long()] for source, probe in probes.items()}
+        there = {source: piece for source, piece in pieces.items() if int(piece.max()) >= 0}
+        names = _in_order(there, 0, whole.numel())
+        if names is None:
+            return None
+        found[name] = names
+    return found
+
+
 def _sources_together(conversions: Conversions, shapes: Mapping[str, torch.Size]) -> ExpertSources:
     """The sources of weights that one conversion takes apart together."""
-    probes: dict[str, Tensor] = {}
-    start = 0
-    for name, (experts, rows, _) in shapes.items():
-        elements = experts * rows * PROBE_COLUMNS
-        numbers = torch.arange(start, start + elements, dtype=torch.int32)
-        probes[name] = numbers.view(experts, rows, PROBE_COLUMNS)
-        start += elements
+    probes = _probes(shapes)
     try:
         pieces = conversions.to_files(probes, {name: probe.shape for name, probe in probes.items()})
     except Exception:
         # Whatever transformers raises: it cannot take these weights apart by their rows alone.
         return dict.fromkeys(shapes)
     return {
-        name: _in_order(pieces, int(probe[0, 0, 0]), probe.numel())
+        name: _in_order(pieces, int(probe.flatten()[0]), probe.numel())
         for name, probe in probes.items()
     }
+
+
+def _probes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Stand-ins for tensors, with a few of their columns and every element another number."""
+    probes: dict[str, Tensor] = {}
+    start = 0
+    for name, shape in shapes.items():
+        narrow = (*shape[:-1], PROBE_COLUMNS)
+        end = start + math.prod(narrow)
+        probes[name] = torch.arange(start, end, dtype=torch.int32).view(narrow)
+        start = end
+    return probes
 
 
 def _in_order(pieces: Mapping[str, Tensor], start: int, count: int) -> tuple[str, ...] | None:
