@@ -34,7 +34,7 @@ from fourbit.lora.attach import has_adapter
 from fourbit.model import compute_with_fourbit, replace_module
 from fourbit.names_in_files import NamesInFiles
 from fourbit.quantized import QuantizedTensor
-from fourbit.stored_experts import StoredExperts, is_expert_weight
+from fourbit.stored_experts import StoredExperts, numbered_groups
 from fourbit.tensor_file import TORCH_DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -228,8 +228,7 @@ def _arrange(
             {name: entry["shape"] for name, entry in quantized.items()},
             {name: entry["shape"] for name, entry in plain.items()},
         )
-    weights = {name for name in quantized if is_expert_weight(model, name)}
-    return Arrangement({}, (), {name: (name,) for name in weights})
+    return Arrangement({}, (), numbered_groups(model, quantized))
 
 
 def load(

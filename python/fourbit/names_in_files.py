@@ -44,16 +44,18 @@ class NamesInFiles:
         return found
 
     def of_experts(self, name: str, layout: ExpertsLayout) -> tuple[str, ...]:
-        """The names of the groups of a 3-D weight.
+        """The names of the groups of a 3-D weight: numbered ones if it is none of transformers'.
 
         Raises:
-            ValueError: for several groups whose names are not known.
+            ValueError: for other groups than a checkpoint of transformers has.
         """
         sources = self._experts.get(name)
         if sources is not None and len(sources) == layout.groups:
             return sources
         if layout.groups == 1:
             return (name,)
+        if self._table is None:
+            return tuple(f"{name}.{index}" for index in range(layout.groups))
         raise ValueError(
             f"{name} is quantized in {layout.groups} groups, and a checkpoint of the model holds "
             f"{'no tensors' if sources is None else len(sources)} for it; quantize it in one group"

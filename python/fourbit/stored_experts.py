@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,22 @@ class StoredExperts:
             set_group(self.module, self.name, index, read(entry))
 
 
-def is_expert_weight(model: nn.Module, name: str) -> bool:
+def numbered_groups(model: nn.Module, quantized: Iterable[str]) -> dict[str, list[str]]:
+    """The quantized weights of a folder that make up 3-D weights of a model, in order.
+
+    They have the name of the parameter, with the number of the group if there are several.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name in quantized:
+        stem, _, number = name.rpartition(".")
+        if _is_expert_weight(model, name):
+            found[name] = {0: name}
+        elif number.isdecimal() and _is_expert_weight(model, stem):
+            found.setdefault(stem, {})[int(number)] = name
+    return {stem: [names[index] for index in sorted(names)] for stem, names in found.items()}
+
+
+def _is_expert_weight(model: nn.Module, name: str) -> bool:
     """Whether a name is that of a 3-D parameter of a model, quantized or not."""
     path, _, leaf = name.rpartition(".")
     try:

@@ -507,11 +507,11 @@ mod tests {
             Reason::Experts
         );
         assert_eq!(
-            reason("{}", "a.experts.down_proj", &[4, 64, 65]),
+            reason("{}", "a.experts.down_proj", &[4, 33, 65]),
             Reason::ExpertsBlocks
         );
         assert_eq!(
-            reason("{}", "a.experts.0.down_proj.weight", &[64, 65]),
+            reason("{}", "a.experts.0.down_proj.weight", &[33, 65]),
             Reason::ExpertsBlocks
         );
         assert_eq!(

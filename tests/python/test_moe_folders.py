@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fourbit
-from fourbit.experts import experts_layouts, experts_modules, experts_weight
+from fourbit.experts import (
+    experts_layouts,
+    experts_modules,
+    experts_weight,
+    quantize_experts,
+    set_experts,
+)
 from fourbit.integrations.transformers.expert_names import expert_sources
 from moe_models import SETTINGS, logits, moe
 
@@ -239,22 +245,30 @@ def test_experts_of_two_kinds_are_refused(tmp_path):
         fourbit.load(model, tmp_path / "mixed")
 
 
-def test_groups_without_names_are_not_saved(tmp_path):
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_experts_of_other_models_have_numbered_groups(groups, tmp_path):
     class Experts(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w = torch.nn.Parameter(torch.randn(2, 8, 16))
+            self.w = torch.nn.Parameter(torch.randn(2, 64, 16))
 
-    def quantized(groups: int) -> Experts:
-        module = Experts()
-        weight = fourbit.experts.quantize_experts(module.w, groups=groups)
-        fourbit.experts.set_experts(module, "w", weight)
-        return module
+    module = Experts()
+    weight = quantize_experts(module.w, groups=groups)
+    set_experts(module, "w", weight)
+    fourbit.save(module, tmp_path / "saved")
+    assert len(fourbit.inspect(tmp_path / "saved").quantized) == groups
+    for other in (Experts(), module):
+        loaded = fourbit.load(other, tmp_path / "saved")
+        assert experts_layouts(loaded)["w"] == weight.layout
+        for part, expected in zip(experts_weight(loaded, "w").parts, weight.parts, strict=True):
+            assert part is not None
+            assert expected is not None
+            assert torch.equal(part, expected)
 
-    with pytest.raises(ValueError, match=r"w is quantized in 2 groups.*one group"):
-        fourbit.save(quantized(2), tmp_path / "two")
-    one = quantized(1)
-    fourbit.save(one, tmp_path / "one")
-    loaded = fourbit.load(Experts(), tmp_path / "one")
-    for name, part in one.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], part)
+
+def test_groups_that_no_checkpoint_has_are_not_saved(tmp_path):
+    model = moe("Mixtral")
+    experts = model.model.layers[0].mlp.experts
+    set_experts(experts, "down_proj", quantize_experts(experts.down_proj, groups=2))
+    with pytest.raises(ValueError, match=r"experts\.down_proj is quantized in 2 groups"):
+        fourbit.save(model, tmp_path / "saved")
