@@ -17,7 +17,6 @@ import torch
 from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import quantization_utils
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -358,6 +357,8 @@ def test_preparing_for_training_casts_nothing() -> None:
 
 
 def test_the_hook_comes_out_again() -> None:
+    from peft.utils import quantization_utils  # the oldest PEFT has none
+
     prepare = peft.prepare_model_for_kbit_training
     loftq = peft.replace_lora_weights_loftq.__wrapped__
     resolve = quantization_utils.resolve_quantization_backend
