@@ -162,7 +162,7 @@ def test_a_weight_that_is_no_number_is_named(dense, tmp_path):
     weight = load_file(dense / "model.safetensors")[UP]
     weight[0, 5] = float("nan")
     broken = changed(dense, tmp_path / "nan", tensors={UP: weight})
-    with pytest.raises(fourbit.NonFiniteError, match="up_proj: element 5 is NaN"):
+    with pytest.raises(fourbit.NonFiniteError, match=r"up_proj\.weight: element 5 is NaN"):
         load(broken, quantization_config=NF4Config())
 
 
@@ -174,7 +174,7 @@ def test_a_weight_that_is_not_there_is_named(dense, tmp_path):
 
 def test_a_weight_of_another_shape_is_named(dense, tmp_path):
     broken = changed(dense, tmp_path / "shape", tensors={UP: torch.zeros(8, 8).bfloat16()})
-    message = r"model.layers.1.mlp.up_proj: its weight is \(8, 8\), and \(96, 64\) in the model"
+    message = r"model.layers.1.mlp.up_proj.weight: it is \(8, 8\), and \(96, 64\) in the model"
     with pytest.raises(ValueError, match=message):
         load(broken, quantization_config=NF4Config())
 

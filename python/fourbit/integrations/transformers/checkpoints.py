@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized in a folder, found out before anything is loaded.
+"""Which weights of a model are quantized in a folder, found out before anything is loaded.
 
 All that can be wrong with a quantized weight is found here, and named; while it loads tensors,
 transformers would only say that something was wrong.
@@ -6,8 +6,7 @@ transformers would only say that something was wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,10 @@ from torch import nn
 from fourbit import _core
 from fourbit._core import CheckpointError
 from fourbit.codebook import Codebook
-from fourbit.integrations.conversions import Naming
+from fourbit.integrations.transformers.arrange import arrange
+from fourbit.integrations.transformers.rooms import ExpertsRoom, LinearRoom, Room
+from fourbit.stored_experts import StoredExperts
 from fourbit.tensor_file import TORCH_DTYPES
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """A linear layer whose weight a folder holds quantized.
-
-    Attributes:
-        path: of the layer in the model.
-        codebook: of its weight.
-        block_size: of its weight.
-        double_quant: whether its scales are quantized.
-        nested_offset: the mean of the scales, with double quantization.
-        dtype: of the weight before.
-        storage: what the packed codes are stored as: bitsandbytes can call bytes a bfloat16.
-    """
-
-    path: str
-    codebook: Codebook
-    block_size: int
-    double_quant: bool
-    nested_offset: float | None
-    dtype: torch.dtype
-    storage: torch.dtype
 
 
 def checkpoint_folder(files: Iterable[str] | None) -> Path:
@@ -59,8 +37,8 @@ def checkpoint_folder(files: Iterable[str] | None) -> Path:
     return folders.pop()
 
 
-def stored_layers(model: Any, folder: Path) -> dict[str, StoredLayer]:
-    """The layers of a model that a folder holds quantized, by path.
+def stored_rooms(model: Any, folder: Path) -> list[tuple[Room, torch.dtype]]:
+    """The weights of a model that a folder holds quantized, and what their codes are stored as.
 
     Weights that have no place in the model, such as the head of a model that is loaded without its
     head, are not among them.
@@ -70,43 +48,62 @@ def stored_layers(model: Any, folder: Path) -> dict[str, StoredLayer]:
             the model; for a later version of the format; for a folder without quantized weights.
     """
     reader = _core.CheckpointReader(folder)
-    quantized = reader.quantized()
+    quantized = {entry["name"]: entry for entry in reader.quantized()}
     if not quantized:
         raise CheckpointError(
             f"{folder} says that it is quantized, and holds no quantized weight; convert it again"
         )
-    dtypes = {entry["name"]: entry["dtype"] for entry in reader.tensors()}
-    naming = Naming(model)
-    found: dict[str, StoredLayer] = {}
-    for entry in quantized:
-        name, pattern = naming.place(entry["name"])
-        if pattern is not None:
-            raise CheckpointError(
-                f"{entry['name']} in {folder} is quantized, and the model makes {name} of several "
-                f"such tensors; convert it again with skip=['{entry['name']}']"
-            )
-        path = name.removesuffix(".weight")
+    tensors = {entry["name"]: entry for entry in reader.tensors()}
+    parts = {part for entry in quantized.values() for part in entry["parts"].values()}
+    arrangement = arrange(
+        model,
+        {name: entry["shape"] for name, entry in quantized.items()},
+        {name: entry["shape"] for name, entry in tensors.items() if name not in parts},
+    )
+
+    def stored_as(entry: Any) -> torch.dtype:
+        # bitsandbytes can call bytes a bfloat16.
+        return TORCH_DTYPES[tensors[entry["parts"]["packed"]]["dtype"]]
+
+    rooms: list[tuple[Room, torch.dtype]] = []
+    for name, target in arrangement.renamed.items():
+        entry = quantized[name]
+        room = _linear_room(model, target, entry, folder)
+        if room is not None:
+            rooms.append((room, stored_as(entry)))
+    for target, sources in arrangement.experts.items():
+        entries = [quantized[name] for name in sources]
         try:
-            layer = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if not isinstance(layer, nn.Linear):
-            raise CheckpointError(
-                f"{entry['name']} in {folder} is quantized, but a {type(layer).__name__} in the "
-                "model"
-            )
-        shape = [layer.out_features, layer.in_features]
-        if list(entry["shape"]) != shape:
-            raise CheckpointError(
-                f"{entry['name']} in {folder} is {list(entry['shape'])}, and {shape} in the model"
-            )
-        found[path] = StoredLayer(
-            path,
-            Codebook.from_core(entry["codebook"]),
-            entry["block_size"],
-            entry["double_quant"],
-            entry["nested_offset"],
-            getattr(torch, entry["dtype"]),
-            TORCH_DTYPES[dtypes[entry["parts"]["packed"]]],
+            stored = StoredExperts.of(model, target, entries)
+        except ValueError as error:
+            raise CheckpointError(f"{folder} does not fit the model: {error}") from None
+        experts = ExpertsRoom(target, stored.module, stored.layout, entries)
+        rooms.append((experts, stored_as(entries[0])))
+    return rooms
+
+
+def _linear_room(
+    model: nn.Module, target: str, entry: Mapping[str, Any], folder: Path
+) -> LinearRoom | None:
+    try:
+        layer = model.get_submodule(target.removesuffix(".weight"))
+    except AttributeError:
+        return None
+    name = entry["name"]
+    if not isinstance(layer, nn.Linear):
+        kind = type(layer).__name__
+        raise CheckpointError(f"{name} in {folder} is quantized, but a {kind} in the model")
+    shape = [layer.out_features, layer.in_features]
+    if list(entry["shape"]) != shape:
+        raise CheckpointError(
+            f"{name} in {folder} is {list(entry['shape'])}, and {shape} in the model"
         )
-    return found
+    return LinearRoom(
+        target.removesuffix(".weight"),
+        layer,
+        [entry],
+        codebook=Codebook.from_core(entry["codebook"]),
+        block_size=entry["block_size"],
+        double_quant=entry["double_quant"],
+        dtype=getattr(torch, entry["dtype"]),
+    )

@@ -41,7 +41,8 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
     decides.
 
     ``save_pretrained`` writes NF4 and FP4 in bitsandbytes' layout, which transformers also loads
-    where fourbit is not imported, with bitsandbytes then; other codebooks are read by fourbit only.
+    where fourbit is not imported, with bitsandbytes then; other codebooks, and models whose experts
+    are quantized (``skip=["*experts*"]`` leaves them), are read by fourbit only.
 
     Args:
         codebook: "nf4", "fp4", "int4", an ``{index: value}`` map or a `fourbit.Codebook`.
@@ -86,6 +87,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.skip_modules: list[str] | None = None
         self.compute_dtype: str | None = None
         self._book: Codebook | None = book
+        self._experts = False
 
     @property
     def book(self) -> Codebook:
@@ -195,6 +197,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         double_quant: bool,
         skip_modules: Sequence[str],
         dtype: str,
+        experts: bool,
     ) -> NF4Config:
         """The config of a model that is quantized: how, and which linear layers are not."""
         config = copy(self)
@@ -202,13 +205,15 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         config.block_size, config.double_quant = block_size, double_quant
         config.skip, config.only = [], []
         config._set_facts(list(skip_modules), dtype)
+        config._experts = experts
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in ``config.json``: of a quantized model, what ``fourbit.convert`` writes.
 
         That is a config of bitsandbytes for NF4 and FP4, and one of method "fourbit" for all other
-        codebooks. Before a model is loaded with it, it is always the latter.
+        codebooks and for models whose experts are quantized. Before a model is loaded with it, it
+        is always the latter.
         """
         if self.compute_dtype is not None:
             return _layout(
@@ -217,6 +222,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
                 double_quant=self.double_quant,
                 dtype=self.compute_dtype,
                 skipped=self.skip_modules or [],
+                experts=self._experts,
             )
         fields: dict[str, Any] = {
             "quant_method": METHOD,
@@ -256,6 +262,7 @@ def _layout(
     double_quant: bool,
     dtype: str = "bfloat16",
     skipped: Sequence[str] = (),
+    experts: bool = False,
 ) -> dict[str, Any]:
     """What the converter writes; it raises ``ValueError`` for a block size that there is not."""
     text = _core.add_quantization_config(
@@ -265,6 +272,7 @@ def _layout(
         double_quant=double_quant,
         dtype=dtype,
         skipped=list(skipped),
+        experts=experts,
     )
     fields: dict[str, Any] = json.loads(text)["quantization_config"]
     return fields

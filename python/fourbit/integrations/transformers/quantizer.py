@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fourbit._core import CheckpointError
-from fourbit.file_groups import stored_parts
-from fourbit.integrations.transformers.checkpoints import (
-    StoredLayer,
-    checkpoint_folder,
-    stored_layers,
-)
+from fourbit.integrations.conversions import Naming
+from fourbit.integrations.transformers.checkpoints import checkpoint_folder, stored_rooms
 from fourbit.integrations.transformers.config import NF4Config
-from fourbit.linear import Linear4bit
+from fourbit.integrations.transformers.models import described, make_dense, state_in_files
+from fourbit.integrations.transformers.rooms import ExpertsRoom, Room
+from fourbit.integrations.transformers.targets import kept_in_float32, new_rooms
 from fourbit.lora.attach import has_adapter
-from fourbit.model import replace_module
-from fourbit.targets import weights_to_quantize
-from fourbit.tensor_file import TORCH_DTYPES
 
 # The mark by which transformers knows what it need not initialise.
 _INITIALIZED = "_is_hf_initialized"
@@ -45,11 +39,15 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config = self.settings(quantization_config)
-        # Of the model being loaded: layers without their weight yet, what the folder holds of
-        # them, and errors to be raised when transformers can no longer hide them.
-        self.unfilled: set[str] = set()
-        self.stored: dict[str, StoredLayer] = {}
+        # Of the model being loaded: weights that are not there yet, by name, and errors to be
+        # raised when transformers can no longer hide them.
+        self.unfilled: dict[str, Room] = {}
         self.problems: list[Exception] = []
+        # Of a folder with quantized experts: patterns of the conversions that put them together,
+        # and names of parameters that it holds as they are.
+        self._patterns: set[str] = set()
+        self._leaves: set[str] = set()
+        self._experts_before: str | None = None
         self._model: weakref.ref[Any] | None = None
 
     def settings(self, quantization_config: Any) -> NF4Config:
@@ -78,81 +76,53 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes of an element, for the estimates behind ``device_map="auto"``."""
-        path, _, leaf = param_name.rpartition(".")
-        if leaf.startswith("weight") and path in self.unfilled:
-            return 1.0
-        size: float = param.element_size()
+        size: float = 1.0 if param_name in self.unfilled else param.element_size()
         return size
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
-        if self.pre_quantized:
-            self.stored = stored_layers(model, checkpoint_folder(checkpoint_files))
-            for path, stored in self.stored.items():
-                self._make_room(
-                    model,
-                    path,
-                    codebook=stored.codebook,
-                    block_size=stored.block_size,
-                    double_quant=stored.double_quant,
-                    dtype=stored.dtype,
-                    read_as=stored.storage,
-                )
-            return
-        targets = weights_to_quantize(
-            model,
-            block_size=self.config.block_size,
-            only=self.config.only,
-            skip=self.config.skip,
-            keep=lambda path: self._is_kept(model, path),
-        )
-        for path, layer in targets.layers.items():
-            self._make_room(
-                model,
-                path,
-                codebook=self.config.book,
-                block_size=self.config.block_size,
-                double_quant=self.config.double_quant,
-                dtype=layer.weight.dtype,
-                read_as=layer.weight.dtype,
+        self._experts_before = getattr(model.config, "_experts_implementation", None)
+        # transformers makes new tensors here on the meta device, of which nothing can be read.
+        with torch.device("cpu"):
+            if self.pre_quantized:
+                rooms = stored_rooms(model, checkpoint_folder(checkpoint_files))
+                self._note_experts(model, [r for r, _ in rooms if isinstance(r, ExpertsRoom)])
+            else:
+                rooms = new_rooms(model, self.config)
+        for room, read_as in rooms:
+            room.make(model, read_as)
+            # Nothing initialises a weight that is not there; it is an error when all are loaded.
+            setattr(room.module, _INITIALIZED, True)
+            self.unfilled[room.name] = room
+
+    def _note_experts(self, model: Any, experts: Sequence[ExpertsRoom]) -> None:
+        """Note which conversions of transformers put quantized experts together."""
+        if experts and not hasattr(HfQuantizer, "update_weight_conversions"):
+            raise RuntimeError(
+                f"transformers {transformers.__version__} cannot load quantized experts; use a "
+                "newer one, or fourbit.from_pretrained"
             )
+        naming = Naming(model)
+        for room in experts:
+            for entry in room.entries:
+                pattern = naming.place(entry["name"])[1]
+                if pattern is None:
+                    self._leaves.add(room.name.rpartition(".")[2])
+                else:
+                    self._patterns.add(pattern)
 
-    def _make_room(
-        self, model: Any, path: str, *, dtype: torch.dtype, read_as: torch.dtype, **layout: Any
-    ) -> None:
-        """Put an empty 4-bit layer in the place of a dense one."""
-        layer = model.get_submodule(path)
-        new = Linear4bit(
-            layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype, **layout
-        )
-        new.bias = layer.bias
-        # transformers casts what it reads to the dtype that the model has for it.
-        new.weight = nn.Parameter(new.weight.to(read_as), requires_grad=False)
-        # Nothing initialises a weight that is not there; it is an error when all are loaded.
-        setattr(new, _INITIALIZED, True)
-        replace_module(model, layer, new.train(layer.training))
-        self.unfilled.add(path)
-
-    def filled(self, path: str, layer: Linear4bit) -> None:
-        """Note that a layer has its weight; its bias may still be one that is not in the folder."""
-        self.unfilled.discard(path)
-        setattr(layer, _INITIALIZED, False)
-
-    def _is_kept(self, model: Any, path: str) -> bool:
-        tied = getattr(model, "all_tied_weights_keys", {})
-        if f"{path}.weight" in {*tied.keys(), *tied.values()}:
-            return True
-        if _names_one(_float32_modules(model, torch.float16), path):
-            return True
-        return not should_convert_module(path, self.config.skip_modules)
+    def filled(self, name: str) -> None:
+        """Note that a weight is there; its module's bias may still be one that is not."""
+        module = self.unfilled.pop(name).module
+        if not any(room.module is module for room in self.unfilled.values()):
+            setattr(module, _INITIALIZED, False)
 
     # --- while they are loaded --------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a tensor is the weight of a layer that is yet to be quantized."""
-        path, _, leaf = param_name.rpartition(".")
-        return not self.pre_quantized and leaf == "weight" and path in self.unfilled
+        """Whether a tensor is a weight that is yet to be quantized."""
+        return not self.pre_quantized and param_name in self.unfilled
 
     def get_quantize_ops(self) -> Any:
         """What quantizes a weight that was read."""
@@ -162,14 +132,25 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[Any]:
         """What reads quantized weights."""
-        from fourbit.integrations.transformers.operations import reading
+        from fourbit.integrations.transformers.operations import reading_weights
 
-        return [reading(self)] if self.pre_quantized else []
+        return [reading_weights(self)] if self.pre_quantized else []
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """The conversions for a model, with ours for what the folder holds quantized."""
+        from fourbit.integrations.transformers.operations import reading_experts
+
+        if not self.pre_quantized:
+            return list(weight_conversions)
+        return [
+            *reading_experts(self, weight_conversions, self._patterns, self._leaves),
+            *self.get_weight_conversions(),
+        ]
 
     def dtype_in(self, model: Any, name: str) -> torch.dtype:
         """The dtype that a plain weight has in the model."""
         dtype: torch.dtype = model.get_parameter_or_buffer(name).dtype
-        return torch.float32 if _names_one(_float32_modules(model, dtype), name) else dtype
+        return torch.float32 if kept_in_float32(model, name, dtype) else dtype
 
     # --- after that -------------------------------------------------------------------------------
 
@@ -187,28 +168,12 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.unfilled:
             first = min(self.unfilled)
             more = f" and {len(self.unfilled) - 1} more" if len(self.unfilled) > 1 else ""
-            raise CheckpointError(f"the checkpoint does not hold {first}.weight{more}")
-        self.stored = {}
+            raise CheckpointError(f"the checkpoint does not hold {first}{more}")
         self._model = weakref.ref(model)
         model._weight_conversions = without_ours(getattr(model, "_weight_conversions", None))
-        self.config = self._found(model)
+        self.config = described(self.config, model)
         self.quantization_config = self.describe(self.config)
         return super().postprocess_model(model, **kwargs)
-
-    def _found(self, model: Any) -> NF4Config:
-        layers = quantized_layers(model)
-        first = next(iter(layers.values()))
-        return self.config.of_model(
-            first.codebook,
-            block_size=first.block_size,
-            double_quant=first.double_quant,
-            skip_modules=[
-                path
-                for path, module in model.named_modules()
-                if isinstance(module, nn.Linear) and path not in layers
-            ],
-            dtype=str(first.weight_dtype).removeprefix("torch."),
-        )
 
     @property
     def is_trainable(self) -> bool:
@@ -239,63 +204,14 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ValueError: for a layer whose data is on the meta device, as offloaded ones are.
         """
-        layers = quantized_layers(model)
-        state: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict().items():
-            path, _, leaf = name.rpartition(".")
-            if path not in layers or leaf == "bias":
-                state[name] = tensor
-                continue
-            if tensor.is_meta:
-                raise ValueError(
-                    f"{name} is offloaded; load the model with device_map={{'': 'cpu'}} to save it"
-                )
-            if leaf == "weight":
-                for part in stored_parts(name, layers[path].quantized()):
-                    data = part.tensor().view(TORCH_DTYPES[part.dtype])
-                    state[part.name] = data.reshape(part.shape)
-        return state, {}
+        return state_in_files(model), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for path, layer in quantized_layers(model).items():
-            weight = layer.dequantize(dtype)
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(weight)
-            if layer.bias is not None:
-                dense.bias = nn.Parameter(layer.bias.data.to(weight.dtype))
-            replace_module(model, layer, dense.train(layer.training))
-            _move_hook(model.get_submodule(path), layer)
+        make_dense(model, dtype)
+        if self._experts_before is not None:
+            model.config._experts_implementation = self._experts_before
         return model
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the model, which has this and not the other way round."""
         return {**self.__dict__, "_model": None}
-
-
-def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
-    """The quantized layers of a model, by path."""
-    return {path: layer for path, layer in model.named_modules() if isinstance(layer, Linear4bit)}
-
-
-def _float32_modules(model: Any, dtype: torch.dtype) -> set[str]:
-    """Parts of names that a model's class keeps in float32 where the model is in `dtype`."""
-    names: set[str] = set()
-    if dtype == torch.float16:
-        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if dtype in (torch.float16, torch.bfloat16):
-        names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    return names
-
-
-def _names_one(patterns: set[str], name: str) -> bool:
-    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
-
-
-def _move_hook(new: nn.Module, old: nn.Module) -> None:
-    """Give a layer that takes another's place the hook that moves its inputs between devices."""
-    hook = getattr(old, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(old)
-        add_hook_to_module(new, hook)
