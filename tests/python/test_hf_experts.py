@@ -85,6 +85,25 @@ def test_bytes_are_those_of_convert(family, dense, converted, tmp_path):
     assert said == there
 
 
+def test_matrices_are_read_and_quantized_one_by_one(family, dense, monkeypatch):
+    """Where the checkpoint holds them so; never is the whole weight there."""
+    from fourbit.integrations.transformers import rooms
+
+    shapes = []
+
+    def recording(weight, **options):
+        shapes.append(tuple(weight.shape))
+        return fourbit.quantize(weight, **options)
+
+    monkeypatch.setattr(rooms, "quantize", recording)
+    model = load(dense, quantization_config=NF4Config())
+    layouts = [x for m in experts_modules(model).values() for x in experts_layouts(m).values()]
+    matrices = 0 if family == "GptOss" else sum(layout.groups for layout in layouts)
+    linear = sum(isinstance(module, Linear4bit) for module in model.modules())
+    assert len(shapes) == linear + matrices
+    assert {len(shape) for shape in shapes} == {2}
+
+
 def test_numbers_are_those_of_the_dequantized_model(converted):
     model = load(converted, dtype=torch.float32)
     ours = logits(model)
@@ -140,6 +159,17 @@ def test_blocks_that_would_cross_matrices(dense):
     )
 
 
+def test_a_matrix_that_is_no_number_is_named(family, dense, tmp_path):
+    shutil.copytree(dense, tmp_path / "nan")
+    file = tmp_path / "nan" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if "experts" in n and tensors[n].ndim > 1 and "bias" not in n)
+    tensors[name].view(-1)[7] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(fourbit.NonFiniteError, match=f"{name}: element 7 is"):
+        load(tmp_path / "nan", quantization_config=NF4Config())
+
+
 def test_a_missing_part_of_an_expert_is_named(family, converted, tmp_path):
     shutil.copytree(converted, tmp_path / "broken")
     (file,) = (tmp_path / "broken").glob("*.safetensors")
@@ -153,3 +183,19 @@ def test_a_missing_part_of_an_expert_is_named(family, converted, tmp_path):
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=name.removesuffix(".nested_absmax")):
         load(tmp_path / "broken")
+
+
+def test_bitsandbytes_config_after_the_takeover(family, dense, converted, tmp_path):
+    """Experts too are in 4 bits then, and what is saved says that it is ours."""
+    fourbit.replace_bitsandbytes()
+    try:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        model = load(dense, quantization_config=config, device_map="cpu")
+        assert_same(model, load(converted))
+        model.save_pretrained(tmp_path / "saved")
+        assert_same(load(tmp_path / "saved"), model)
+    finally:
+        fourbit.restore_bitsandbytes()
+    assert_same(load(tmp_path / "saved"), model)

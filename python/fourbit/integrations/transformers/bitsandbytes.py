@@ -31,7 +31,12 @@ class BitsAndBytesQuantizer(FourbitQuantizer):
         return NF4Config.from_bitsandbytes(quantization_config)
 
     def describe(self, found: NF4Config) -> Any:
-        """A ``BitsAndBytesConfig``, with which bitsandbytes reads what is saved."""
+        """A ``BitsAndBytesConfig``, with which bitsandbytes reads what is saved.
+
+        It cannot read a model whose experts are quantized, which keeps our config.
+        """
+        if found.experts:
+            return found
         config = copy(self.given)
         config.bnb_4bit_quant_type = found.codebook
         config.bnb_4bit_use_double_quant = found.double_quant

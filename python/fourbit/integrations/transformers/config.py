@@ -82,12 +82,12 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.double_quant = double_quant
         self.skip = _patterns("skip", skip)
         self.only = _patterns("only", only)
-        # Of a model that is quantized: the linear layers that are not, and the dtype before. In a
-        # request: names as BitsAndBytesConfig has them, of layers to leave.
+        # Of a model that is quantized: the linear layers that are not, the dtype before, whether
+        # experts are. In a request: names as BitsAndBytesConfig has them, of layers to leave.
         self.skip_modules: list[str] | None = None
         self.compute_dtype: str | None = None
         self._book: Codebook | None = book
-        self._experts = False
+        self.experts = False
 
     @property
     def book(self) -> Codebook:
@@ -205,7 +205,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         config.block_size, config.double_quant = block_size, double_quant
         config.skip, config.only = [], []
         config._set_facts(list(skip_modules), dtype)
-        config._experts = experts
+        config.experts = experts
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
                 double_quant=self.double_quant,
                 dtype=self.compute_dtype,
                 skipped=self.skip_modules or [],
-                experts=self._experts,
+                experts=self.experts,
             )
         fields: dict[str, Any] = {
             "quant_method": METHOD,

@@ -43,8 +43,8 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         # raised when transformers can no longer hide them.
         self.unfilled: dict[str, Room] = {}
         self.problems: list[Exception] = []
-        # Of a folder with quantized experts: patterns of the conversions that put them together,
-        # and names of parameters that it holds as they are.
+        # Where there are experts: patterns of the conversions that put them together, and names of
+        # parameters that the folder holds as they are.
         self._patterns: set[str] = set()
         self._leaves: set[str] = set()
         self._experts_before: str | None = None
@@ -87,9 +87,9 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):
             if self.pre_quantized:
                 rooms = stored_rooms(model, checkpoint_folder(checkpoint_files))
-                self._note_experts(model, [r for r, _ in rooms if isinstance(r, ExpertsRoom)])
             else:
                 rooms = new_rooms(model, self.config)
+            self._note_experts(model, [r for r, _ in rooms if isinstance(r, ExpertsRoom)])
         for room, read_as in rooms:
             room.make(model, read_as)
             # Nothing initialises a weight that is not there; it is an error when all are loaded.
@@ -98,15 +98,16 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _note_experts(self, model: Any, experts: Sequence[ExpertsRoom]) -> None:
         """Note which conversions of transformers put quantized experts together."""
-        if experts and not hasattr(HfQuantizer, "update_weight_conversions"):
+        no_conversions = not hasattr(HfQuantizer, "update_weight_conversions")
+        if experts and self.pre_quantized and no_conversions:
             raise RuntimeError(
                 f"transformers {transformers.__version__} cannot load quantized experts; use a "
                 "newer one, or fourbit.from_pretrained"
             )
         naming = Naming(model)
         for room in experts:
-            for entry in room.entries:
-                pattern = naming.place(entry["name"])[1]
+            for name in [entry["name"] for entry in room.entries] or room.sources:
+                pattern = naming.place(name)[1]
                 if pattern is None:
                     self._leaves.add(room.name.rpartition(".")[2])
                 else:
@@ -132,16 +133,16 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[Any]:
         """What reads quantized weights."""
-        from fourbit.integrations.transformers.operations import reading_weights
+        from fourbit.integrations.transformers.collecting import reading_weights
 
         return [reading_weights(self)] if self.pre_quantized else []
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         """The conversions for a model, with ours for what the folder holds quantized."""
-        from fourbit.integrations.transformers.operations import reading_experts
+        from fourbit.integrations.transformers.collecting import quantizing_experts, reading_experts
 
         if not self.pre_quantized:
-            return list(weight_conversions)
+            return quantizing_experts(self, weight_conversions, self._patterns)
         return [
             *reading_experts(self, weight_conversions, self._patterns, self._leaves),
             *self.get_weight_conversions(),
@@ -161,7 +162,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
             NonFiniteError: naming the layer and the first weight that is NaN or infinite.
             CheckpointError: naming the weight that the checkpoint does not hold.
         """
-        from fourbit.integrations.transformers.operations import without_ours
+        from fourbit.integrations.transformers.collecting import without_ours
 
         if self.problems:
             raise self.problems[0]

@@ -7,7 +7,7 @@ dense one that is quantized then, or with the stored parts of one that already w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,13 +131,21 @@ class ExpertsRoom(Room):
         module: that has it.
         layout: of the weight.
         entries: as in `Room`.
+        sources: names of the tensors of a checkpoint that make it up, in order, if it is quantized
+            as they are read.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, layout: ExpertsLayout, entries: Sequence[Any] = ()
+        self,
+        name: str,
+        module: nn.Module,
+        layout: ExpertsLayout,
+        entries: Sequence[Any] = (),
+        sources: Sequence[str] = (),
     ) -> None:
         super().__init__(name, module, entries)
         self.layout = layout
+        self.sources = sources
 
     def make(self, model: nn.Module, read_as: torch.dtype) -> None:
         """Put empty parts in the place of the dense parameter."""
@@ -161,6 +169,35 @@ class ExpertsRoom(Room):
             groups=layout.groups,
         )
         return self.fill(*quantized.parts)
+
+    def quantize_each(self, sources: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+        """The parameters for dense matrices, which are read one after the other.
+
+        Args:
+            sources: what gives each of the checkpoint's tensors, by name.
+
+        Raises:
+            ValueError: naming a tensor that is not finite or of another size.
+            TypeError: naming a tensor that is no floating-point number.
+        """
+        layout = self.layout
+        size = layout.shape.numel() // layout.groups
+        stored: list[QuantizedTensor] = []
+        for name in self.sources:
+            weight = sources[name]()
+            try:
+                if weight.numel() != size:
+                    raise ValueError(f"it has {weight.numel()} elements, and {size} in the model")
+                one = quantize(
+                    weight,
+                    codebook=layout.codebook,
+                    block_size=layout.block_size,
+                    double_quant=layout.double_quant,
+                )
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{name}: {error}") from None
+            stored.append(one)
+        return self.join(stored)
 
     def join(self, stored: Sequence[QuantizedTensor]) -> dict[str, Tensor]:
         """One after the other."""

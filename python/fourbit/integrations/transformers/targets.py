@@ -33,6 +33,7 @@ def new_rooms(model: Any, config: NF4Config) -> list[tuple[Room, torch.dtype]]:
         experts={name: found.names for name, found in experts.items()},
     )
     rooms: list[tuple[Room, torch.dtype]] = []
+    room: Room
     for path, layer in layers.items():
         dtype = layer.weight.dtype
         room = LinearRoom(
@@ -46,17 +47,24 @@ def new_rooms(model: Any, config: NF4Config) -> list[tuple[Room, torch.dtype]]:
         rooms.append((room, dtype))
     for name in chosen:
         found = experts[name]
-        rooms.append((ExpertsRoom(name, found.module, found.layout), found.layout.dtype))
+        room = ExpertsRoom(name, found.module, found.layout, sources=found.sources)
+        rooms.append((room, found.layout.dtype))
     return rooms
 
 
 @dataclass(frozen=True)
 class _Experts:
-    """A 3-D weight that can be quantized, and the names it has here and in checkpoints."""
+    """A 3-D weight that can be quantized, and the tensors of checkpoints that make it up."""
 
+    name: str
     module: nn.Module
     layout: ExpertsLayout
-    names: list[str]
+    sources: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """All names that patterns may have for it."""
+        return [self.name, *(source.removesuffix(".weight") for source in self.sources)]
 
 
 def _experts(model: Any, config: NF4Config) -> dict[str, _Experts]:
@@ -79,8 +87,7 @@ def _experts(model: Any, config: NF4Config) -> dict[str, _Experts]:
         except ValueError:
             # Matrices that are no whole blocks stay, as in ``fourbit.convert``.
             continue
-        names = [name, *(source.removesuffix(".weight") for source in sources)]
-        found[name] = _Experts(module, layout, names)
+        found[name] = _Experts(name, module, layout, sources)
     return found
 
 
