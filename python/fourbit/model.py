@@ -61,7 +61,7 @@ def quantize_model(
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {path}: {error}") from None
         replace_module(model, layer, quantized.train(layer.training))
-    for name, groups in targets.experts.items():
+    for name, sources in targets.experts.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         try:
@@ -70,7 +70,7 @@ def quantize_model(
                 codebook=book,
                 block_size=block_size,
                 double_quant=double_quant,
-                groups=groups,
+                groups=len(sources),
             )
         except (ValueError, TypeError) as error:
             raise type(error)(f"experts {name}: {error}") from None

@@ -19,13 +19,13 @@ class Targets:
 
     Attributes:
         layers: linear layers, by path.
-        experts: for the names of 3-D weights of experts, in how many groups: as many as there are
-            tensors of it in a checkpoint.
+        experts: for the names of 3-D weights of experts, those of their tensors in a checkpoint,
+            in order; each of these is a group.
         kept_experts: for the names of those that cannot be quantized, why not.
     """
 
     layers: dict[str, nn.Linear]
-    experts: dict[str, int]
+    experts: dict[str, tuple[str, ...]]
     kept_experts: dict[str, str]
 
 
@@ -81,7 +81,7 @@ def weights_to_quantize(
         if reason is not None:
             targets.kept_experts[name] = reason
         elif sources is not None:
-            targets.experts[name] = len(sources)
+            targets.experts[name] = sources
     if not targets.layers and not targets.experts:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantize: all that it has are heads, "

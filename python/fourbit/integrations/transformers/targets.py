@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fourbit.experts import ExpertsLayout
 from fourbit.integrations.transformers.config import NF4Config
-from fourbit.integrations.transformers.expert_names import expert_sources
 from fourbit.integrations.transformers.rooms import ExpertsRoom, LinearRoom, Room
-from fourbit.model import weights_to_quantize
+from fourbit.model import warn_of_kept_experts
+from fourbit.targets import weights_to_quantize
 
 
 def new_rooms(model: Any, config: NF4Config) -> list[tuple[Room, torch.dtype]]:
@@ -22,73 +20,34 @@ def new_rooms(model: Any, config: NF4Config) -> list[tuple[Room, torch.dtype]]:
 
     Raises:
         ValueError: for a pattern that matches nothing, or a model with nothing to quantize.
+
+    Warns:
+        UserWarning: naming experts that stay in 16 bits since they cannot be quantized.
     """
-    experts = _experts(model, config)
-    layers, chosen = weights_to_quantize(
+    targets = weights_to_quantize(
         model,
         block_size=config.block_size,
         only=config.only,
         skip=config.skip,
         keep=lambda name: _is_kept(model, config, name),
-        experts={name: found.names for name, found in experts.items()},
     )
+    warn_of_kept_experts(targets)
+    layout: dict[str, Any] = {
+        "codebook": config.book,
+        "block_size": config.block_size,
+        "double_quant": config.double_quant,
+    }
     rooms: list[tuple[Room, torch.dtype]] = []
-    room: Room
-    for path, layer in layers.items():
+    for path, layer in targets.layers.items():
         dtype = layer.weight.dtype
-        room = LinearRoom(
-            path,
-            layer,
-            codebook=config.book,
-            block_size=config.block_size,
-            double_quant=config.double_quant,
-            dtype=dtype,
-        )
-        rooms.append((room, dtype))
-    for name in chosen:
-        found = experts[name]
-        room = ExpertsRoom(name, found.module, found.layout, sources=found.sources)
-        rooms.append((room, found.layout.dtype))
-    return rooms
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """A 3-D weight that can be quantized, and the tensors of checkpoints that make it up."""
-
-    name: str
-    module: nn.Module
-    layout: ExpertsLayout
-    sources: tuple[str, ...]
-
-    @property
-    def names(self) -> list[str]:
-        """All names that patterns may have for it."""
-        return [self.name, *(source.removesuffix(".weight") for source in self.sources)]
-
-
-def _experts(model: Any, config: NF4Config) -> dict[str, _Experts]:
-    found: dict[str, _Experts] = {}
-    for name, sources in expert_sources(model).items():
-        if sources is None:
-            continue
+        rooms.append((LinearRoom(path, layer, dtype=dtype, **layout), dtype))
+    for name, sources in targets.experts.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        weight = getattr(module, leaf)
-        try:
-            layout = ExpertsLayout(
-                weight.shape,
-                weight.dtype,
-                config.book,
-                config.block_size,
-                config.double_quant,
-                len(sources),
-            )
-        except ValueError:
-            # Matrices that are no whole blocks stay, as in ``fourbit.convert``.
-            continue
-        found[name] = _Experts(name, module, layout, sources)
-    return found
+        weight = module.get_parameter(leaf)
+        experts = ExpertsLayout(weight.shape, weight.dtype, groups=len(sources), **layout)
+        rooms.append((ExpertsRoom(name, module, experts, sources=sources), weight.dtype))
+    return rooms
 
 
 def _is_kept(model: Any, config: NF4Config, name: str) -> bool:
