@@ -43,7 +43,11 @@ class _Collecting(WeightConverter):  # type: ignore[misc]
         operations: Sequence[Any] = (),
         original: Any = None,
     ) -> None:
-        super().__init__(sources, targets, [*operations, Cast(quantizer)])
+        super().__init__(
+            source_patterns=sources,
+            target_patterns=targets,
+            operations=[*operations, Cast(quantizer)],
+        )
         self.original = original
 
     @classmethod

@@ -14,7 +14,7 @@ from fourbit.codebook import Codebook, as_codebook, by_name
 
 try:
     from transformers.utils.quantization_config import QuantizationConfigMixin
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(
         f'NF4Config needs {error.name}; install it with pip install "fourbit[hf]"'
     ) from None
