@@ -60,7 +60,7 @@ def state_in_files(model: nn.Module) -> dict[str, Tensor]:
     What is not quantized has its name in the model, which transformers changes as it saves.
 
     Raises:
-        ValueError: for a weight whose data is on the meta device, as that of offloaded ones is.
+        ValueError: for a weight whose data is not here: offloaded, or sharded over processes.
     """
     names = NamesInFiles(model)
     state: dict[str, Tensor] = {}
@@ -81,6 +81,11 @@ def state_in_files(model: nn.Module) -> dict[str, Tensor]:
         if tensor.is_meta:
             raise ValueError(
                 f"{name} is offloaded; load the model with device_map={{'': 'cpu'}} to save it"
+            )
+        if hasattr(tensor, "to_local"):
+            raise ValueError(
+                f"{name} is sharded over processes (FSDP2); save the adapters, which is all that "
+                "training changes"
             )
         if leaf != whole:
             continue
