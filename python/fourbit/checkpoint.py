@@ -212,9 +212,11 @@ def convert(
 ) -> ConversionReport:
     """Converts a Hugging Face checkpoint folder to 4 bits, streamed.
 
-    Weights of linear layers are quantized. Embeddings, norms, biases, output heads, experts and
-    their routers, and whatever is tied stay as they are. The result is a folder that bitsandbytes'
-    readers load too, with the tokenizer and other small files beside the weights.
+    Weights of linear layers are quantized, and those of experts, one by one or all in one tensor as
+    the source holds them, where every matrix is made of whole blocks. Embeddings, norms, biases,
+    output heads, routers of experts, and whatever is tied stay as they are. The result has the
+    tokenizer and other small files beside the weights. bitsandbytes' readers load it too, unless
+    experts are quantized, which ``skip="*experts*"`` leaves as they are.
 
     Memory is bounded by `chunk_bytes` and `threads`, not by the model. A run that was killed or
     stopped continues when it is called again, and ends in the same bytes. Where the finished

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import fourbit
 from fourbit.experts import experts_weight, quantize_experts, set_experts
 from fourbit.integrations.transformers.expert_names import expert_shapes, expert_sources, is_experts
 from fourbit.integrations.transformers.experts import use_fourbit
@@ -97,6 +98,31 @@ def test_experts_of_other_forwards_are_none_of_ours():
     assert any(p.ndim == 3 and "experts" in n for n, p in model.named_parameters())
     assert expert_shapes(model) == {}
     assert expert_sources(model) == {}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "InklingForConditionalGeneration",
+        "JetMoeForCausalLM",
+        "Llama4ForConditionalGeneration",
+        "LongcatFlashForCausalLM",
+        "Qwen3VLMoeForConditionalGeneration",
+        "Step3p7ForConditionalGeneration",
+    ],
+)
+def test_convert_leaves_experts_of_models_that_cannot_pack_them(model, tmp_path):
+    made = on_meta(model, layers=4)
+    if model != "Qwen3VLMoeForConditionalGeneration":  # transposed in checkpoints of older versions
+        sources = expert_sources(made)
+        experts = {n for n, p in made.named_parameters() if p.ndim == 3 and "experts" in n}
+        assert any(sources.get(name) is None for name in experts)
+    (tmp_path / "source").mkdir()
+    made.config.save_pretrained(tmp_path / "source")
+    weight = {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 64, 64)}
+    save_file(weight, tmp_path / "source" / "model.safetensors")
+    (report,) = fourbit.convert(tmp_path / "source", tmp_path / "converted").tensors
+    assert report.reason == "experts that this model type computes with in another form"
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "GptOss"])

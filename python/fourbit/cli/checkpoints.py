@@ -51,7 +51,11 @@ def convert(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(show_default=False, help="Glob of tensors to leave as they are. Repeatable."),
+        typer.Option(
+            show_default=False,
+            help="Glob of tensors to leave as they are. Repeatable. With '*experts*', bitsandbytes "
+            "can load a mixture of experts.",
+        ),
     ] = None,
     max_shard_size: Annotated[int, typer.Option(min=1, help="Largest output file, in MiB.")] = 2048,
     chunk_size: Annotated[
