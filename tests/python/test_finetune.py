@@ -512,6 +512,15 @@ def test_options_out_of_range(tmp_path: Path, options: dict[str, Any], sentence:
         fourbit.finetune("model", "data", tmp_path, **options)
 
 
+def test_one_of_several_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="one of 2; use TRL's SFTTrainer"):
+        fourbit.finetune("model", "data", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_options_are_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="finetune has no option 'rank'"):
         fourbit.finetune("model", "data", tmp_path, rank=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -156,11 +157,13 @@ def finetune(
     Raises:
         DataError: for data or a tokenizer that cannot be trained with; before training starts.
         ValueError: for an option that makes no sense, or that differs from the run to be resumed.
+        RuntimeError: in one of several processes that train together.
         FileNotFoundError: for a folder that is missing.
         FileExistsError: if `output` holds anything already and `resume` is False.
         OSError: if a checkpoint cannot be written; the run can be resumed from the one before.
         FinetuneStoppedError: after `should_stop` said so.
     """
+    _check_one_process()
     folder = Path(output)
     record, settings = _settings(folder, resume, options)
     if isinstance(model, str | Path):
@@ -273,6 +276,16 @@ def _settings(
         # A model folder, for one: its tokenizer would be written over.
         raise FileExistsError(f"{folder} is not empty; give a new or empty folder")
     return None, FinetuneOptions(**given)
+
+
+def _check_one_process() -> None:
+    """Raise where torchrun or accelerate started several: the folder has one writer."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise RuntimeError(
+            f"finetune trains in one process, and this is one of {processes}; use TRL's SFTTrainer "
+            "or a loop of your own with fourbit's layers, as examples/02_two_processes.py has it"
+        )
 
 
 def _check_pager(settings: FinetuneOptions) -> None:
