@@ -156,8 +156,8 @@ def finetune(
 
     Raises:
         DataError: for data or a tokenizer that cannot be trained with; before training starts.
-        ValueError: for an option that makes no sense, or that differs from the run to be resumed.
-        RuntimeError: in one of several processes that train together.
+        ValueError: for an option that makes no sense, or that differs from the run to be resumed;
+            in one of several processes that train together.
         FileNotFoundError: for a folder that is missing.
         FileExistsError: if `output` holds anything already and `resume` is False.
         OSError: if a checkpoint cannot be written; the run can be resumed from the one before.
@@ -282,7 +282,7 @@ def _check_one_process() -> None:
     """Raise where torchrun or accelerate started several: the folder has one writer."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
-        raise RuntimeError(
+        raise ValueError(
             f"finetune trains in one process, and this is one of {processes}; use TRL's SFTTrainer "
             "or a loop of your own with fourbit's layers, as examples/02_two_processes.py has it"
         )
