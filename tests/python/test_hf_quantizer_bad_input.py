@@ -110,6 +110,20 @@ def test_a_folder_of_another_method(dense, tmp_path):
         load(other, quantization_config=NF4Config())
 
 
+@pytest.mark.parametrize(
+    ("quantization", "error", "message"),
+    [
+        ({"quant_method": "gptq"}, ValueError, r"config\.json: .*'gptq' is not one that fourbit"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, ValueError, "asks for 8 bits"),
+        ({"fourbit_format_version": 99}, CheckpointError, "version 99.* install a newer fourbit"),
+    ],
+)
+def test_folders_that_from_pretrained_does_not_read(quantization, error, message, saved, tmp_path):
+    folder = changed(saved, tmp_path / "x", quantization={"load_in_4bit": False, **quantization})
+    with pytest.raises(error, match=message):
+        fourbit.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("version", [2, "1", 0])
 def test_a_later_version_of_the_format(version, saved, tmp_path):
     later = changed(saved, tmp_path / "v", quantization={"fourbit_format_version": version})

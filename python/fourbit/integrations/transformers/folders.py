@@ -35,7 +35,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: without such a folder or its ``config.json``.
-        CheckpointError: naming what is damaged or does not fit.
+        CheckpointError: naming what is damaged or does not fit, or a later version of the format.
+        ValueError: for a folder that is quantized by another method, or in 8 bits.
         ImportError: without transformers, or with one that is too old.
     """
     path = Path(folder)
@@ -60,6 +61,7 @@ def from_pretrained(
             f"{path} is not quantized; convert it with fourbit.convert, "
             "or load it with transformers"
         )
+    _check_readable(path, config.quantization_config)
     # Ours is the only code that reads the packed weights; transformers must not look for its own.
     del config.quantization_config
     dtype = dtype or _config_dtype(config)
@@ -79,6 +81,16 @@ def from_pretrained(
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def _check_readable(path: Path, quantization: Any) -> None:
+    from fourbit.integrations.transformers.config import NF4Config
+
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    try:
+        NF4Config.from_dict(fields)
+    except (CheckpointError, ValueError, TypeError) as error:
+        raise type(error)(f"{path / 'config.json'}: {error}") from None
 
 
 def _config_dtype(config: Any) -> torch.dtype:
