@@ -155,9 +155,9 @@ def _stored_parts(
 
 def _part(quantized: Callable[[], QuantizedTensor], part: str, state: bytes) -> Tensor:
     if part == "quant_map":
-        return torch.tensor(quantized().codebook.values)
+        return torch.tensor(quantized().codebook.values, dtype=torch.float32)
     if part == "nested_quant_map":
-        return torch.tensor(_core.Codebook.by_name("dynamic-signed").values)
+        return torch.tensor(_core.Codebook.by_name("dynamic-signed").values, dtype=torch.float32)
     if part == "quant_state":
         return torch.frombuffer(bytearray(state), dtype=torch.uint8)
     tensor: Tensor | None = getattr(quantized(), part)

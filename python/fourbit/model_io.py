@@ -341,7 +341,7 @@ def read_quantized(entry: Any, read: Callable[[str], Tensor]) -> QuantizedTensor
     parts = {part: read(name) for part, name in entry["parts"].items()}
     nested_offset = None
     if entry["double_quant"]:
-        nested_offset = ops.float_bytes(torch.tensor([entry["nested_offset"]]))
+        nested_offset = ops.float_bytes(torch.tensor([entry["nested_offset"]], dtype=torch.float32))
     return QuantizedTensor(
         parts["packed"].reshape(-1, 1),
         parts["absmax"],

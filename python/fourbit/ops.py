@@ -215,7 +215,7 @@ def _quantize_absmax_cpu(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nested = torch.empty(block_count(absmax.numel(), NESTED_BLOCK_SIZE), dtype=torch.float32)
     threads = torch.get_num_threads()
     offset = _core.quantize_absmax(absmax.contiguous(), codes, nested, threads=threads)
-    return codes, float_bytes(nested), float_bytes(torch.tensor([offset]))
+    return codes, float_bytes(nested), float_bytes(torch.tensor([offset], dtype=torch.float32))
 
 
 @torch.library.register_fake("fourbit::quantize_absmax")

@@ -69,6 +69,21 @@ def test_memory_and_disk_quantize_alike(converted, tokens, tmp_path):
     assert torch.equal(logits(again, tokens), logits(in_memory, tokens))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(default, tmp_path):
+    model = fourbit.quantize_model(network())
+    fourbit.save(model, tmp_path / "plain")
+    torch.set_default_dtype(default)
+    try:
+        other = fourbit.quantize_model(network().float())
+        fourbit.load(other, tmp_path / "plain")
+        fourbit.save(other, tmp_path / "other")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for plain in (tmp_path / "plain").glob("*.safetensors"):
+        assert plain.read_bytes() == (tmp_path / "other" / plain.name).read_bytes()
+
+
 def test_what_is_quantized_and_what_is_not(converted):
     model = fourbit.from_pretrained(converted)
     assert not model.training

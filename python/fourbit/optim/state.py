@@ -129,7 +129,7 @@ def fill_state(state: State, saved: Mapping[str, Any], name: str) -> None:
 
 def _checked(value: Any, target: Tensor, field: str, where: str) -> Tensor:
     if field == "step" and isinstance(value, int | float):
-        value = torch.tensor(float(value))
+        value = torch.tensor(float(value), dtype=torch.float32)
     if not isinstance(value, Tensor):
         raise ValueError(f"optimizer state {where} is a {type(value).__name__}, not a tensor")
     if value.shape != target.shape:
