@@ -165,5 +165,9 @@ def test_what_experts_cannot_have_is_refused(options: dict[str, Any], message: s
 def test_merged_export(family: str, tmp_path: Any) -> None:
     model = adapted(quantized_and_dense(family)[0])
     fourbit.export_merged(model, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    # No tensor of an adapter is left over.
+    assert not any(report.values())
     assert relative(logits(merged), logits(model)) < 1e-5

@@ -44,23 +44,22 @@ def peft_members(model: nn.Module) -> dict[str, Member]:
     # With its adapter added, a weight is tied to no other any more; nor is one that is left out.
     apart = {f"{path}.base_layer.weight" for path in adapters}
     apart |= {name for name in names for path in copies if name.startswith(f"{path}.original")}
+    shells = {**dict.fromkeys(adapters, "base_layer."), **{p: _shell(m) for p, m in copies.items()}}
     found: dict[str, Member] = {}
     for name, tensor in untied_state(model, apart=apart).items():
-        above = next((p for p in paths_above(name) if p in adapters or p in copies), None)
+        # From the outside: wrappers of several weights of experts are each other's base.
+        wrappers = [path for path in paths_above(name) if path in shells]
         path, _, leaf = name.rpartition(".")
-        if above is None:
+        if not wrappers:
             member = frozen_member(modules.get(path), leaf, tensor)
-        elif above not in modules:
+        elif wrappers[0] not in modules or not all(
+            name.startswith(f"{wrapper}.{shells[wrapper]}") for wrapper in wrappers
+        ):
             continue
         else:
-            inside = name.removeprefix(f"{above}.")
-            shell = "base_layer." if above in adapters else _shell(copies[above])
-            if not inside.startswith(shell):
-                continue
-            while inside.startswith(shell):
-                inside = inside.removeprefix(shell)
-            name = f"{above}.{inside}"
-            member = _member(adapters.get(above), modules.get(path), leaf, tensor)
+            member = _member(adapters.get(wrappers[0]), modules.get(path), leaf, tensor)
+            for wrapper in reversed(wrappers):
+                name = f"{wrapper}.{name.removeprefix(f'{wrapper}.{shells[wrapper]}')}"
         if member is not None:
             found[name] = member
     return found
