@@ -456,4 +456,5 @@ def experts_forward(
     weighted = weighted.masked_fill(rows_of_none, 0)
     # A gather and a sum, not index_add, which adds in any order on a GPU.
     back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-    return weighted[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    summed = weighted[back].view(tokens, k, weighted.shape[1]).sum(dim=1)
+    return summed.to(hidden_states.dtype)

@@ -245,6 +245,14 @@ def test_experts_that_are_elsewhere_add_nothing():
     torch.testing.assert_close(out[:1], alone, **CLOSE)
 
 
+def test_no_tokens_give_no_rows():
+    module = tiny_experts("mixtral")
+    x = torch.zeros(0, 32, requires_grad=True)
+    out = experts_forward(module, x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert out.shape == (0, 32)
+    out.sum().backward()
+
+
 def test_a_compiled_forward_has_no_graph_break():
     module = tiny_experts("gpt_oss")
     for name in ("gate_up_proj", "down_proj"):
