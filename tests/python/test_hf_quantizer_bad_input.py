@@ -169,6 +169,13 @@ def test_a_weight_of_another_model_is_named(saved, tmp_path):
         load(other)
 
 
+def test_a_model_without_any_of_the_weights_is_refused(dense, tmp_path):
+    folder = tmp_path / "head"
+    load(dense, quantization_config=NF4Config(only=["lm_head"])).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"a LlamaModel has none of its .*lm_head\.weight"):
+        transformers.LlamaModel.from_pretrained(folder)
+
+
 # --- on the fly -----------------------------------------------------------------------------------
 
 

@@ -133,6 +133,7 @@ def test_fan_in_fan_out_is_for_others(quantized: Any) -> None:
 
 def test_a_version_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
 
     ours.uninstall()
     try:
@@ -144,5 +145,13 @@ def test_a_version_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.warns(UserWarning, match=r"not registered with peft: .*fourbit\.add_lora"):
                 on_import._register("peft")
             assert not hook._patches
+        # What is missing later than that leaves nothing half done.
+        create = LoraModel._create_and_replace
+        with monkeypatch.context() as patch:
+            patch.delattr(BaseTuner, "_check_merge_allowed")
+            with pytest.raises(AttributeError):
+                ours.install()
+        assert not hook._patches
+        assert LoraModel._create_and_replace is create
     finally:
         ours.install()

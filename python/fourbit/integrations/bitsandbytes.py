@@ -52,7 +52,7 @@ def replace_bitsandbytes() -> None:
                 )
             _patches.entry(quantizers, method, BitsAndBytesQuantizer)
         replace_optimizers(_patches)
-    except ImportError:
+    except BaseException:
         _patches.undo()
         raise
 

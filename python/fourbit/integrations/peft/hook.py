@@ -54,6 +54,15 @@ def install() -> None:
     from peft.utils import loftq_utils, other
 
     _check_version(peft, lora_model)
+    try:
+        _install(peft, lora_model, loftq_utils, other)
+    except BaseException:
+        uninstall()
+        raise
+
+
+def _install(peft: Any, lora_model: Any, loftq_utils: Any, other: Any) -> None:
+    """What LoRA needs, and then the rest."""
     _originals["create"] = lora_model.LoraModel._create_and_replace
     _patches.attribute(lora_model.LoraModel, "_create_and_replace", _create_and_replace)
     for owner in (peft.PeftModel, peft.PeftMixedModel):

@@ -79,6 +79,11 @@ def stored_rooms(model: Any, folder: Path) -> list[tuple[Room, torch.dtype]]:
             raise CheckpointError(f"{folder} does not fit the model: {error}") from None
         experts = ExpertsRoom(target, stored.module, stored.layout, entries)
         rooms.append((experts, stored_as(entries[0])))
+    if not rooms:
+        raise CheckpointError(
+            f"{folder} does not fit the model: a {type(model).__name__} has none of its quantized "
+            f"weights, such as {next(iter(quantized))}"
+        )
     return rooms
 
 
