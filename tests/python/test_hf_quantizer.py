@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,6 +370,13 @@ def test_the_import_of_transformers_is_as_it_was():
 
     assert type(auto.__spec__.loader).__module__ != "fourbit.integrations.on_import"
     assert auto.__loader__ is auto.__spec__.loader
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux")
+def test_a_model_that_was_quantized_does_not_hold_on_to_its_file(dense):
+    model = load(dense, quantization_config=NF4Config())
+    assert model.model.embed_tokens.weight.is_floating_point()
+    assert str(dense) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.slow

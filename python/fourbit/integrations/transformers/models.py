@@ -54,6 +54,17 @@ def described(config: NF4Config, model: nn.Module) -> NF4Config:
     )
 
 
+def leave_files(model: nn.Module) -> None:
+    """Give parameters on the CPU memory of their own.
+
+    What is read without a copy is a part of the mapped file, which stays mapped as long as one
+    norm does: all of the 16-bit weights, of a file that someone may write to.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
 def state_in_files(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's files, by name: those that ``fourbit.convert`` writes.
 

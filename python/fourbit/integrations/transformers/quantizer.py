@@ -15,7 +15,12 @@ from fourbit._core import CheckpointError
 from fourbit.integrations.conversions import Naming
 from fourbit.integrations.transformers.checkpoints import checkpoint_folder, stored_rooms
 from fourbit.integrations.transformers.config import NF4Config
-from fourbit.integrations.transformers.models import described, make_dense, state_in_files
+from fourbit.integrations.transformers.models import (
+    described,
+    leave_files,
+    make_dense,
+    state_in_files,
+)
 from fourbit.integrations.transformers.rooms import ExpertsRoom, Room
 from fourbit.integrations.transformers.targets import kept_in_float32, new_rooms
 from fourbit.lora.attach import has_adapter
@@ -170,6 +175,8 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
             first = min(self.unfilled)
             more = f" and {len(self.unfilled) - 1} more" if len(self.unfilled) > 1 else ""
             raise CheckpointError(f"the checkpoint does not hold {first}{more}")
+        if not self.pre_quantized:
+            leave_files(model)
         self._model = weakref.ref(model)
         model._weight_conversions = without_ours(getattr(model, "_weight_conversions", None))
         self.config = described(self.config, model)
