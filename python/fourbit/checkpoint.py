@@ -214,7 +214,9 @@ def convert(
 
     Weights of linear layers are quantized, and those of experts, one by one or all in one tensor as
     the source holds them, where every matrix is made of whole blocks. Embeddings, norms, biases,
-    output heads, routers of experts, and whatever is tied stay as they are. The result has the
+    output heads, routers of experts, and whatever is tied stay as they are, as do the `Conv1D`
+    layers of GPT-2, whose weights are stored transposed: `fourbit.NF4Config` quantizes these as it
+    loads the model. The result has the
     tokenizer and other small files beside the weights. bitsandbytes' readers load it too, unless
     experts are quantized, which ``skip="*experts*"`` leaves as they are.
 
@@ -229,7 +231,7 @@ def convert(
         block_size: Elements that share a scale: a power of two from 32 to 4096.
         double_quant: Whether the scales are quantized too.
         only: Glob or globs (``"*.mlp.*"``) over tensor or module names: quantize these matrices,
-            whatever their names say, and nothing else.
+            whatever their names say, and nothing else. None that is tied or stored transposed.
         skip: Glob or globs: leave these as they are. Wins over `only`.
         max_shard_bytes: Bytes of an output file, at most.
         chunk_bytes: Memory for data in flight, per thread.

@@ -147,14 +147,28 @@ def frozen_member(owner: nn.Module | None, leaf: str, tensor: Tensor) -> Member 
     if isinstance(owner, Linear4bit) and leaf.startswith("weight"):
         if leaf != "weight":
             return None
-        shape = torch.Size((owner.out_features, owner.in_features))
-        return Member(owner.weight_dtype, shape, owner.dequantize)
+        return linear_member(owner, owner.dequantize)
     if owner is not None and (of := part_of(owner, leaf)) is not None:
         if of != leaf:
             return None
         weight = experts_weight(owner, leaf)
         return Member(weight.layout.dtype, weight.layout.shape, weight.dequantize)
     return Member(tensor.dtype, tensor.shape, tensor.to, trained=False)
+
+
+def linear_member(layer: Linear4bit, make: Callable[[torch.dtype], Tensor]) -> Member:
+    """The weight of a layer.
+
+    Args:
+        layer: in few bits.
+        make: gives the weight [out_features, in_features] in a dtype.
+    """
+    shape = (layer.out_features, layer.in_features)
+    return Member(
+        layer.weight_dtype,
+        torch.Size(shape[::-1] if layer.transposed_when_dense else shape),
+        lambda dtype: layer.in_dense_files(make(dtype)),
+    )
 
 
 def paths_above(name: str) -> Iterator[str]:
@@ -167,9 +181,13 @@ def paths_above(name: str) -> Iterator[str]:
 
 def _merged(layer: LoraLinear) -> Member:
     base = layer.base_layer
-    own = base.weight_dtype if isinstance(base, Linear4bit) else base.weight.dtype
-    shape = torch.Size((layer.out_features, layer.in_features))
-    return Member(own, shape, lambda dtype: merged_weight(layer).to(dtype))
+
+    def make(dtype: torch.dtype) -> Tensor:
+        return merged_weight(layer).to(dtype)
+
+    if isinstance(base, Linear4bit):
+        return linear_member(base, make)
+    return Member(base.weight.dtype, base.weight.shape, make)
 
 
 def _merged_experts(layer: LoraExperts, name: str) -> Member:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fourbit import ops
 from fourbit.codebook import Codebook, as_codebook
+from fourbit.dense import weight_by_rows
+from fourbit.integrations import is_conv1d
 from fourbit.layout import NESTED_BLOCK_SIZE, block_count, packed_bytes
 from fourbit.quantized import QuantizedTensor, quantize
 
@@ -31,6 +33,9 @@ class Linear4bit(nn.Linear):
     ``bias``                  [out_features]                        as in ``nn.Linear``
     ========================  ====================================  ===========================
 
+    The weight is [out_features, in_features]. Where dense checkpoints hold its transpose, as those
+    of GPT-2 do, `transposed_when_dense` is True, and dense checkpoints are written so.
+
     The last two of the weight exist only with double quantization. A state dict holds these bytes
     and no more: it goes into a layer made with the same codebook, block size and sizes. Folders of
     ``fourbit.save`` say these themselves.
@@ -49,6 +54,7 @@ class Linear4bit(nn.Linear):
     codebook: Codebook
     block_size: int
     double_quant: bool
+    transposed_when_dense: bool = False
     weight_absmax: nn.Parameter
     weight_nested_absmax: nn.Parameter | None
     weight_nested_offset: nn.Parameter | None
@@ -97,7 +103,7 @@ class Linear4bit(nn.Linear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         codebook: str | Mapping[int, float] | Codebook = "nf4",
         block_size: int = 64,
@@ -105,14 +111,26 @@ class Linear4bit(nn.Linear):
     ) -> Linear4bit:
         """The quantized twin of a dense layer, which is left as it is; the bias is shared.
 
+        Args:
+            linear: ``nn.Linear``, or transformers' `Conv1D`.
+            codebook: as for the class.
+            block_size: as for the class.
+            double_quant: as for the class.
+
         Raises:
             NonFiniteError: naming the first weight that is NaN or infinite.
             TypeError: for a weight that is not float32, float16 or bfloat16.
         """
         quantized = quantize(
-            linear.weight, codebook=codebook, block_size=block_size, double_quant=double_quant
+            weight_by_rows(linear),
+            codebook=codebook,
+            block_size=block_size,
+            double_quant=double_quant,
         )
-        return cls.from_quantized(quantized, bias=linear.bias)
+        bias: Any = linear.bias
+        layer = cls.from_quantized(quantized, bias=bias)
+        layer.transposed_when_dense = is_conv1d(linear)
+        return layer
 
     @classmethod
     def from_quantized(
@@ -184,6 +202,10 @@ class Linear4bit(nn.Linear):
         """The weight [out_features, in_features] in `dtype`, by default the original one."""
         weight: Tensor = self.quantized().dequantize(dtype)
         return weight
+
+    def in_dense_files(self, weight: Tensor) -> Tensor:
+        """A dense weight of this layer as dense checkpoints hold it, or of those as it is here."""
+        return weight.t().contiguous() if self.transposed_when_dense else weight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in nn.Linear
         """``input`` [..., in_features] -> [..., out_features], in the dtype of `input`."""

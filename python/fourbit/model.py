@@ -27,6 +27,7 @@ def quantize_model(
 ) -> Model:
     """Put `Linear4bit` in the place of a model's linear layers, one after the other, in place.
 
+    GPT-2's `Conv1D` is one: its weight is transposed first, which ``fourbit.convert`` does not do.
     The 3-D weights of transformers' mixtures of experts are quantized too. Output heads, routers of
     experts, layers tied to another module and layers smaller than one block stay as they are, as
     ``fourbit.convert`` leaves them.

@@ -19,6 +19,7 @@ from fourbit import _core, ops
 from fourbit._core import CheckpointError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.codebook import Codebook
+from fourbit.dense import features, is_linear
 from fourbit.distributed import is_distributed, is_sharded
 from fourbit.experts import experts_layouts, experts_weight, part_of
 from fourbit.file_groups import (
@@ -28,7 +29,7 @@ from fourbit.file_groups import (
     quantized_group,
     write_groups,
 )
-from fourbit.integrations import is_of_transformers
+from fourbit.integrations import is_conv1d, is_of_transformers
 from fourbit.linear import Linear4bit
 from fourbit.lora.attach import has_adapter
 from fourbit.model import compute_with_fourbit, replace_module
@@ -169,7 +170,7 @@ def _with_quantization(text: str, model: nn.Module) -> str:
         skipped=[
             path
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+            if is_linear(module) and not isinstance(module, Linear4bit)
         ],
         experts=bool(experts),
     )
@@ -296,13 +297,13 @@ def load(
     for name, entry in quantized.items():
         tensor = read_quantized(entry, read)
         path = name.removesuffix(".weight")
-        layer = model.get_submodule(path)
-        assert isinstance(layer, nn.Linear)
+        layer: Any = model.get_submodule(path)
         tensor = tensor.to(device if layer.weight.is_meta else layer.weight.device)
         if isinstance(layer, Linear4bit):
             layer.set_quantized(tensor)
         else:
             new = Linear4bit.from_quantized(tensor, bias=layer.bias)
+            new.transposed_when_dense = is_conv1d(layer)
             replace_module(model, layer, new.train(layer.training))
 
     for weight in experts:
@@ -388,13 +389,11 @@ def _check_names(
             layer = model.get_submodule(path)
         except AttributeError:
             raise refuse(f"the model has no layer {path}") from None
-        if not isinstance(layer, nn.Linear):
+        if not is_linear(layer):
             raise refuse(f"{path} is quantized, but a {type(layer).__name__} in the model")
-        if [layer.out_features, layer.in_features] != list(entry["shape"]):
-            raise refuse(
-                f"{name} is {entry['shape']}, "
-                f"and the layer {[layer.out_features, layer.in_features]}"
-            )
+        shape = [*features(layer)][::-1]
+        if shape != list(entry["shape"]):
+            raise refuse(f"{name} is {entry['shape']}, and the layer {shape}")
         for leaf, tensor in layer.state_dict(keep_vars=True).items():
             if leaf != "bias":
                 packed.add(f"{path}.{leaf}")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fourbit import _core
+from fourbit.dense import is_dense
 from fourbit.experts import ExpertsLayout
 from fourbit.integrations import is_of_transformers
 
@@ -18,13 +19,13 @@ class Targets:
     """What is quantized of a model.
 
     Attributes:
-        layers: linear layers, by path.
+        layers: linear layers, by path: ``nn.Linear``, or transformers' `Conv1D`.
         experts: for the names of 3-D weights of experts, those of their tensors in a checkpoint,
             in order; each of these is a group.
         kept_experts: for the names of those that cannot be quantized, why not.
     """
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Any]
     experts: dict[str, tuple[str, ...]]
     kept_experts: dict[str, str]
 
@@ -51,8 +52,7 @@ def weights_to_quantize(
         ValueError: for a pattern that is no glob or matches nothing, or if there is nothing to
             quantize.
     """
-    # What inherits from nn.Linear may compute something else with its weight.
-    layers = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    layers: dict[str, Any] = {path: m for path, m in model.named_modules() if is_dense(m)}
     experts = _experts(model)
     if not layers and not experts:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize")
@@ -66,7 +66,7 @@ def weights_to_quantize(
     tied = _tied_parameters(model)
     head = _output_embeddings(model)
 
-    def wanted(path: str, layer: nn.Linear) -> bool:
+    def wanted(path: str, layer: Any) -> bool:
         if path not in chosen or id(layer.weight) in tied or layer.weight.numel() < block_size:
             return False
         return bool(only) or (_core.kept_module(path) is None and layer is not head)

@@ -58,7 +58,13 @@ const TIED_HEADS: [&str; 3] = ["lm_head", "embed_out", "output_layer"];
 const ROUTERS: [&str; 3] = ["gate", "router", "shared_expert_gate"];
 
 /// Model types whose linear layers are stored transposed (`Conv1D`), and the layers' names.
-const TRANSPOSED_TYPES: [&str; 4] = ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
+const TRANSPOSED_TYPES: [&str; 5] = [
+    "gpt2",
+    "openai-gpt",
+    "imagegpt",
+    "decision_transformer",
+    "clvp",
+];
 const TRANSPOSED_LAYERS: [&str; 4] = ["c_attn", "c_proj", "c_fc", "q_attn"];
 
 /// What is done with a tensor, and why.
@@ -204,8 +210,9 @@ impl Rules {
         if self.skip.matches(&tensor.name) {
             return Ok(Reason::Skip);
         }
-        if kind == Some(Reason::Tied) {
-            return Ok(Reason::Tied);
+        // Nothing could compute with them as they are stored, whoever names them.
+        if let Some(kept @ (Reason::Tied | Reason::Transposed)) = kind {
+            return Ok(kept);
         }
         let experts = is_experts(tensor);
         // Nothing could put them together, whoever names them.
@@ -384,8 +391,12 @@ mod tests {
     use crate::checkpoint::FileDtype;
 
     fn reason(config: &str, name: &str, shape: &[u64]) -> Reason {
+        reason_with(&[], config, name, shape)
+    }
+
+    fn reason_with(only: &[String], config: &str, name: &str, shape: &[u64]) -> Reason {
         let config = Config::parse(config.to_owned()).expect("a good config");
-        let rules = Rules::new(&[], &[], BlockSize::DEFAULT, &config).expect("no patterns");
+        let rules = Rules::new(only, &[], BlockSize::DEFAULT, &config).expect("good patterns");
         let tensor = TensorInfo {
             name: name.to_owned(),
             dtype: FileDtype::BF16,
@@ -482,6 +493,12 @@ mod tests {
         assert_eq!(reason("{}", conv, &[64, 192]), Reason::Linear);
         let gpt2 = r#"{"model_type": "gpt2"}"#;
         assert_eq!(reason(gpt2, conv, &[64, 192]), Reason::Transposed);
+        let only = ["*c_attn".to_owned()];
+        assert_eq!(
+            reason_with(&only, gpt2, conv, &[64, 192]),
+            Reason::Transposed
+        );
+        assert_eq!(reason_with(&only, "{}", conv, &[64, 192]), Reason::Only);
         let llama4 = r#"{"model_type": "llama4"}"#;
         let experts = "feed_forward.experts.gate_up_proj";
         assert_eq!(reason("{}", experts, &[4, 64, 64]), Reason::Experts);

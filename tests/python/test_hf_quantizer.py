@@ -275,15 +275,6 @@ def test_a_config_is_not_changed_by_what_is_loaded_with_it(dense):
     assert_same(load(dense, quantization_config=before), model)
 
 
-def test_gpt2_keeps_its_transposed_layers(tmp_path):
-    """As ``fourbit.convert`` does: they are no ``nn.Linear``."""
-    settings = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 96, "n_positions": 32}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layer to quantize"):
-        load(tmp_path, quantization_config=NF4Config())
-
-
 # --- bitsandbytes' layout -------------------------------------------------------------------------
 
 

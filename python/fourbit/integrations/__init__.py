@@ -15,6 +15,15 @@
 from __future__ import annotations
 
 
+def is_conv1d(module: object) -> bool:
+    """Whether a module is transformers' `Conv1D`, which is not imported to find out.
+
+    It is a linear layer whose weight is [in_features, out_features]: those of GPT-2 are of it.
+    """
+    cls = type(module)
+    return (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def is_of_transformers(model: object) -> bool:
     """Whether a model is one of transformers, which is not imported to find out."""
     return any(

@@ -438,7 +438,9 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
 
 def _rebased(layer: nn.Linear, start: loftq.Start) -> Linear4bit:
     # A new layer even where only its bytes change: the model's own is untouched until all is built.
-    return Linear4bit.from_quantized(start.quantized, bias=layer.bias).train(layer.training)
+    new = Linear4bit.from_quantized(start.quantized, bias=layer.bias)
+    new.transposed_when_dense = getattr(layer, "transposed_when_dense", False)
+    return new.train(layer.training)
 
 
 def _loftq_starts(
@@ -464,7 +466,7 @@ def _loftq_starts(
         base = layer if isinstance(layer, Linear4bit) else None
         weight: Tensor = layer.weight.detach()
         if base is not None and source is not None:
-            weight = source.weight(path).to(weight.device)
+            weight = base.in_dense_files(source.weight(path)).to(weight.device)
             loftq.check_same_weights(weight, base, path)
         try:
             starts[path] = loftq.loftq(

@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fourbit.experts import experts_layouts
-from fourbit.export import Member, frozen_member, paths_above
+from fourbit.export import Member, frozen_member, linear_member, paths_above
 from fourbit.integrations.peft.experts import ParamWrapper
 from fourbit.integrations.peft.layer import LoraLinear4bit
 from fourbit.model_io import untied_state
@@ -86,9 +86,10 @@ def _member(layer: Any, owner: nn.Module | None, leaf: str, tensor: Tensor) -> M
         dtype, shape = (layout.dtype, layout.shape) if layout else (tensor.dtype, tensor.shape)
         return Member(dtype, shape, lambda dtype: layer.weight_with(names).to(dtype))
     if isinstance(layer, LoraLinear4bit) and leaf == "weight":
-        names, base = _active(layer), layer.get_base_layer()
-        shape = torch.Size((base.out_features, base.in_features))
-        return Member(base.weight_dtype, shape, lambda dtype: layer.weight_with(names).to(dtype))
+        names = _active(layer)
+        return linear_member(
+            layer.get_base_layer(), lambda dtype: layer.weight_with(names).to(dtype)
+        )
     if not isinstance(layer, LoraLayer) or leaf not in ("weight", "bias") or layer.merged:
         return frozen_member(owner, leaf, tensor)
     return Member(tensor.dtype, tensor.shape, lambda dtype: _dense(layer, leaf, tensor).to(dtype))

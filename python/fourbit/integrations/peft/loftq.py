@@ -27,7 +27,7 @@ def start_loftq(
     Args:
         layer: whose weight changes too where there is more than one iteration.
         adapter_name: which adapter.
-        weight: before quantization, [out_features, in_features].
+        weight: before quantization, as a dense checkpoint holds it.
         path: of the layer, for errors.
         iterations: rounds.
 
@@ -35,7 +35,7 @@ def start_loftq(
         CheckpointError: for a weight that the layer was not quantized from.
     """
     base = layer.get_base_layer()
-    weight = weight.to(base.weight.device)
+    weight = base.in_dense_files(weight).to(base.weight.device)
     loftq.check_same_weights(weight, base, path)
     start = loftq.loftq(
         weight,

@@ -16,6 +16,7 @@ from torch import nn
 from fourbit import _core
 from fourbit._core import CheckpointError
 from fourbit.codebook import Codebook
+from fourbit.dense import features, is_linear
 from fourbit.integrations.transformers.arrange import arrange
 from fourbit.integrations.transformers.rooms import ExpertsRoom, LinearRoom, Room
 from fourbit.stored_experts import StoredExperts
@@ -51,7 +52,8 @@ def stored_rooms(model: Any, folder: Path) -> list[tuple[Room, torch.dtype]]:
     quantized = {entry["name"]: entry for entry in reader.quantized()}
     if not quantized:
         raise CheckpointError(
-            f"{folder} says that it is quantized, and holds no quantized weight; convert it again"
+            f"{folder} says that it is quantized, and holds no quantized weight; convert it again, "
+            "or load the original with quantization_config=fourbit.NF4Config()"
         )
     tensors = {entry["name"]: entry for entry in reader.tensors()}
     parts = {part for entry in quantized.values() for part in entry["parts"].values()}
@@ -95,10 +97,10 @@ def _linear_room(
     except AttributeError:
         return None
     name = entry["name"]
-    if not isinstance(layer, nn.Linear):
+    if not is_linear(layer):
         kind = type(layer).__name__
         raise CheckpointError(f"{name} in {folder} is quantized, but a {kind} in the model")
-    shape = [layer.out_features, layer.in_features]
+    shape = [*features(layer)][::-1]
     if list(entry["shape"]) != shape:
         raise CheckpointError(
             f"{name} in {folder} is {list(entry['shape'])}, and {shape} in the model"

@@ -35,7 +35,8 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` of transformers quantizes a model: its ``quantization_config=``.
 
     The defaults are those of ``fourbit.convert`` and `fourbit.quantize_model`, and the same weights
-    become the same bytes. Output heads, routers of experts, tied weights, layers smaller than a
+    become the same bytes; GPT-2's `Conv1D` layers, which ``fourbit.convert`` leaves, become 4-bit
+    layers too. Output heads, routers of experts, tied weights, layers smaller than a
     block, and what the model's class wants in float32 are not quantized. A layer computes in the
     dtype of its input, so that there is no dtype to choose here: ``dtype=`` of ``from_pretrained``
     decides.

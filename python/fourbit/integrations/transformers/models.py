@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from fourbit.dense import is_linear
 from fourbit.experts import (
     ExpertsLayout,
     experts_layouts,
@@ -48,7 +50,7 @@ def described(config: NF4Config, model: nn.Module) -> NF4Config:
         skip_modules=[
             path
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and path not in layers
+            if is_linear(module) and path not in layers
         ],
         dtype=str(dtype).removeprefix("torch."),
     )
@@ -110,11 +112,14 @@ def state_in_files(model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Put dense weights in the place of all quantized ones."""
+    """Put dense weights in the place of all quantized ones.
+
+    The layers are those that the model's class makes, so that what is saved of it loads.
+    """
     for path, layer in quantized_layers(model).items():
         weight = layer.dequantize(dtype)
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(weight)
+        dense = _dense_layer(layer)
+        dense.weight = nn.Parameter(layer.in_dense_files(weight))
         if layer.bias is not None:
             dense.bias = nn.Parameter(layer.bias.data.to(weight.dtype))
         replace_module(model, layer, dense.train(layer.training))
@@ -123,6 +128,14 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
         for name in experts_layouts(module):
             remove_experts(module, name, dtype)
             getattr(module, name).requires_grad_(True)
+
+
+def _dense_layer(layer: Linear4bit) -> Any:
+    """A layer without a bias, to be given a weight."""
+    if not layer.transposed_when_dense:
+        return nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    with torch.device("meta"):
+        return Conv1D(layer.out_features, layer.in_features)
 
 
 def _move_hook(new: nn.Module, old: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourbit.dense import features
 from fourbit.experts import (
     PARTS,
     ExpertsLayout,
@@ -20,6 +21,7 @@ from fourbit.experts import (
     quantize_experts,
     set_empty_experts,
 )
+from fourbit.integrations import is_conv1d
 from fourbit.linear import Linear4bit
 from fourbit.model import replace_module
 from fourbit.quantized import QuantizedTensor, quantize
@@ -82,13 +84,13 @@ class LinearRoom(Room):
 
     Args:
         path: of the layer in the model.
-        layer: the dense one.
+        layer: the dense one, whose weight a checkpoint holds transposed if it is a `Conv1D`.
         entries: as in `Room`.
         layout: codebook, block_size, double_quant and dtype, as `Linear4bit` takes them.
     """
 
     def __init__(
-        self, path: str, layer: nn.Linear, entries: Sequence[Any] = (), **layout: Any
+        self, path: str, layer: nn.Module, entries: Sequence[Any] = (), **layout: Any
     ) -> None:
         super().__init__(f"{path}.weight", layer, entries)
         self._layout = layout
@@ -96,9 +98,8 @@ class LinearRoom(Room):
     def make(self, model: nn.Module, read_as: torch.dtype) -> None:
         """Put an empty 4-bit layer in the place of the dense one."""
         layer = self.module
-        new = Linear4bit(
-            layer.in_features, layer.out_features, bias=False, device="meta", **self._layout
-        )
+        new = Linear4bit(*features(layer), bias=False, device="meta", **self._layout)
+        new.transposed_when_dense = is_conv1d(layer)
         new.bias = layer.bias
         new.weight = nn.Parameter(new.weight.to(read_as), requires_grad=False)
         replace_module(model, layer, new.train(layer.training))
@@ -107,9 +108,10 @@ class LinearRoom(Room):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """As `fourbit.quantize_model` does it."""
         layer = self.module
-        self.check(weight, (layer.out_features, layer.in_features))
+        shape = (layer.out_features, layer.in_features)
+        self.check(weight, shape[::-1] if layer.transposed_when_dense else shape)
         quantized = quantize(
-            weight,
+            layer.in_dense_files(weight),
             codebook=layer.codebook,
             block_size=layer.block_size,
             double_quant=layer.double_quant,
