@@ -41,11 +41,6 @@ REASONS: list[tuple[str, str, str]] = [
         r"",
         "an error factor of a trained checkpoint (random weights leave LoftQ little)",
     ),
-    (
-        r"GPT2|GPTSerialization|gpt2|model_bnb",
-        r"no linear layer",
-        "`Conv1D` layers of GPT-2, which fourbit does not quantize",
-    ),
     (r"wrong_config|load_in_8_bit", r"not raised", "tests the class `BitsAndBytesConfig` itself"),
     (
         r"dtype_assignment",
