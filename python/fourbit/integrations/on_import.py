@@ -22,7 +22,7 @@ from fourbit.integrations.versions import require
 # The module of a library: the module of ours whose `register()` follows it.
 HOOKS = {
     "peft": "fourbit.integrations.peft.hook",
-    "transformers.modeling_utils": "fourbit.integrations.transformers.counting",
+    "transformers.modeling_utils": "fourbit.integrations.transformers.methods",
     "transformers.quantizers.auto": "fourbit.integrations.transformers.registration",
 }
 

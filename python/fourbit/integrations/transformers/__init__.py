@@ -11,7 +11,8 @@
 ``operations``      what makes that one of them
 ``models``          a loaded model: its config, its files, and dense again
 ``bitsandbytes``    the quantizer for a ``BitsAndBytesConfig``, after the takeover
-``counting``        ``num_parameters()`` of models
+``methods``         ``num_parameters()`` and ``save_pretrained()`` of models
+``saving``          the latter, of models that fourbit itself has quantized
 ``expert_names``    where the weights of experts lie in checkpoints
 ``experts``         the forward of experts
 ``arrange``         where the tensors of one of our folders go in a model

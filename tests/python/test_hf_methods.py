@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 import fourbit
-from fourbit.integrations.transformers import counting
+from fourbit.integrations.transformers import methods
 from lora_models import llama
 
 
@@ -21,13 +21,13 @@ def test_a_quantized_model_has_as_many_parameters_as_before() -> None:
 
 
 def test_models_count_as_before_without_us() -> None:
-    counting.register()  # it is registered already
+    methods.register()  # it is registered already
     ours = PreTrainedModel.num_parameters
     model = fourbit.quantize_model(llama())
-    counting.unregister()
+    methods.unregister()
     try:
         assert PreTrainedModel.num_parameters is ours.__wrapped__
         assert model.num_parameters() == sum(p.numel() for p in model.parameters())
     finally:
-        counting.register()
+        methods.register()
     assert model.num_parameters() == llama().num_parameters()
