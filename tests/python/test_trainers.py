@@ -15,6 +15,7 @@ import trl
 import fourbit
 from fourbit import Linear4bit, PagedAdamW
 from fourbit.integrations.peft.layer import LoraLinear4bit
+from moe_models import moe, tokens
 
 # trl sets an option of transformers that was renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated")
@@ -81,6 +82,34 @@ def test_every_source_trains_alike_and_resumes(plain_folder: Path, tmp_path: Pat
     expected = trained(runs["config"])
     assert trained(resumed).keys() == expected.keys()
     assert all(torch.equal(part, expected[name]) for name, part in trained(resumed).items())
+
+
+@pytest.mark.parametrize("loader", ["transformers", "fourbit"])
+def test_our_adapters_on_experts_resume(loader: str, tmp_path: Path) -> None:
+    moe("Mixtral", torch.float32).save_pretrained(tmp_path / "plain")
+    fourbit.convert(tmp_path / "plain", tmp_path / "packed")
+
+    def run(**options: Any) -> dict[str, torch.Tensor]:
+        if loader == "fourbit":
+            model = fourbit.from_pretrained(tmp_path / "packed")
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        fourbit.add_lora(model, r=2, lora_dropout=0.0, seed=0)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=2,
+            save_steps=1,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to="none",
+        )
+        examples = [{"input_ids": row, "labels": row} for row in tokens()]
+        transformers.Trainer(model, arguments, train_dataset=examples).train(**options)
+        return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    expected = run()
+    resumed = run(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert all(torch.equal(part, expected[name]) for name, part in resumed.items())
 
 
 def test_a_model_without_adapters_is_refused(plain_folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any
 
 from fourbit.integrations.patching import Patches
+from fourbit.lora.attach import has_adapter
 from fourbit.model import hidden_numbers
 
 _patches = Patches()
@@ -62,6 +63,10 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         from fourbit.integrations.transformers.saving import with_quantizer
 
+        if has_adapter(self):
+            # What a Trainer writes to go on from: it is read back by the names in the model, and
+            # under those of checkpoints adapters of experts would not be found.
+            kwargs.setdefault("save_original_format", False)
         with with_quantizer(self):
             return original(self, *args, **kwargs)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 from fourbit._core import CheckpointError
+from fourbit.distributed import is_sharded
 from fourbit.integrations.conversions import Naming
 from fourbit.integrations.transformers.checkpoints import checkpoint_folder, stored_rooms
 from fourbit.integrations.transformers.config import NF4Config
@@ -209,9 +210,14 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: the tensors that ``fourbit.convert`` writes.
 
+        With adapters of ours inside it is a Trainer's checkpoint, which is read back into a model
+        with the same adapters: a state dict.
+
         Raises:
             ValueError: for a layer whose data is on the meta device, as offloaded ones are.
         """
+        if has_adapter(model) and not is_sharded(model):
+            return dict(model.state_dict()), {}
         return state_in_files(model), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
