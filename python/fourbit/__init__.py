@@ -4,15 +4,23 @@ The modules, in the order in which data flows through them:
 
 ==================  ==============================================================================
 ``codebook``        the maps from codes to values
+``layout``          sizes of quantized tensors
 ``ops``             the torch operators, and the calls into the Rust core
+``cuda_ops``        the same on a GPU
 ``quantized``       `quantize`, `QuantizedTensor`
 ``checkpoint``      `convert`, `verify`, `inspect`: folders, without a model
 ``linear``          `Linear4bit`
+``dense``           dense layers whose place it can take
 ``expert_ops``      the operators of mixtures of experts
 ``experts``         3-D weights of experts in few bits
 ``lora``            adapters: `add_lora`, `save_adapter`, `load_adapter`, `merge`, `unmerge`
+``targets``         which weights of a model are quantized
 ``model``           `quantize_model`
 ``model_io``        `save`, `load`: models and folders
+``stored_experts``  which tensors of a folder make up a 3-D weight of experts
+``names_in_files``  what a checkpoint of a model calls its tensors
+``file_groups``     what is written together, and how
+``loading``         what kind a folder is, and the model and tokenizer in it
 ``distributed``     models that are sharded over processes
 ``integrations``    `from_pretrained`, `NF4Config`; PEFT on 4-bit layers
 ``training``        `prepare_for_training`
