@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import fourbit  # noqa: E402
 from fourbit import _core  # noqa: E402
 from fourbit_bench import tables  # noqa: E402
+from fourbit_bench.memory import peak_memory  # noqa: E402
 
 SHAPE = (4096, 11008)
 ROTATION = 8
@@ -189,7 +190,7 @@ def work_fourbit(source: str, destination: str) -> tuple[float, int]:
     baseline = resident_bytes()
     started = time.perf_counter()
     fourbit.convert(source, destination)
-    return time.perf_counter() - started, peak_bytes() - baseline
+    return time.perf_counter() - started, peak_memory() - baseline
 
 
 def work_bitsandbytes(source: str, destination: str) -> tuple[float, int]:
@@ -209,22 +210,13 @@ def work_bitsandbytes(source: str, destination: str) -> tuple[float, int]:
         source, quantization_config=config, dtype=torch.bfloat16
     )
     model.save_pretrained(destination)
-    return time.perf_counter() - started, peak_bytes() - baseline
+    return time.perf_counter() - started, peak_memory() - baseline
 
 
 def resident_bytes() -> int:
     """Memory of this process now."""
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * resource.getpagesize()
-
-
-def peak_bytes() -> int:
-    """The most memory this process ever had.
-
-    Not ``ru_maxrss``: a child process begins with its parent's.
-    """
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:", 1)[1].split()[0])
 
 
 def in_fresh_process(work: str, source: Path, destination: Path) -> dict[str, float]:

@@ -1,8 +1,10 @@
-"""The bench of the CUDA path, by subject: what ``tests/bench/cuda.py`` runs.
+"""What the benches beside this folder run, by subject; most of it is of ``cuda.py``.
 
 ==============  ==================================================================================
 ``timing``      calls side by side: events, graphs, buffers that rotate, medians
-``tables``      how figures are shown; ``tests/bench/cpu.py`` shows its own with it, too
+``tables``      how figures are shown
+``memory``      what a process took of memory
+``scripts``     scripts of transformers, PEFT and TRL: what ``huggingface.py`` runs
 ``report``      the card, rows, goals, and the table of them
 ``weights``     the matrices that are measured, in 16 bits, in ours, in bitsandbytes' format
 ``codes``       quantize and dequantize
