@@ -402,7 +402,8 @@ def test_a_thousand_optimizers_leave_nothing_behind():
     gc.collect()
     assert alive() is None
     after = cycle(1000)
-    assert after[1] == before[1]
+    # What other tests have left may go meanwhile.
+    assert after[1] <= before[1]
     # A thousand states are 125 MiB; the allocator may keep a few pages.
     assert after[0] - before[0] < 16 * 2**20
 

@@ -8,7 +8,7 @@ import torch
 
 import fourbit
 from conftest import REPOSITORY
-from fourbit.experts import quantize_experts, set_experts
+from fourbit.experts import experts_modules
 from fourbit.lora import LoraExperts, lora_modules
 
 transformers = pytest.importorskip("transformers")
@@ -163,15 +163,6 @@ def mixture():
     return model
 
 
-def quantized_mixture():
-    model = fourbit.quantize_model(mixture())
-    for layer in model.model.layers:
-        for name, parts in (("gate_up_proj", 2), ("down_proj", 1)):
-            weight = getattr(layer.mlp.experts, name).data
-            set_experts(layer.mlp.experts, name, quantize_experts(weight, groups=4 * parts))
-    return model
-
-
 @pytest.mark.parametrize(
     ("seed", "steps"),
     [(1, 8), *(pytest.param(seed, 40, marks=pytest.mark.slow) for seed in (1, 2, 3))],
@@ -183,7 +174,8 @@ def test_qlora_of_a_mixture_of_experts_reaches_the_loss_of_16_bit_lora(seed, ste
     """
     options = {"seed": seed, "steps": steps, "r": 16, "learns": 0.6 if steps == 40 else 0.97}
     lora = train(mixture(), tokenizer, ours(32), **options)
-    model = quantized_mixture()
+    model = fourbit.quantize_model(mixture())
+    assert len(experts_modules(model)) == 4
     qlora = train(model, tokenizer, ours(32), **options)
     assert sum(isinstance(layer, LoraExperts) for layer in lora_modules(model).values()) == 4
     print({"seed": seed, "steps": steps, "16-bit LoRA": lora, "QLoRA": qlora})
