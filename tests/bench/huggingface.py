@@ -73,9 +73,11 @@ def rows(name: str, results: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
         if any(key in result for result in (theirs, ours)):
             yield [name, what, *cells]
 
-    if any("losses" in result for result in (theirs, ours)):
+    if any({"losses", "error"} & result.keys() for result in (theirs, ours)):
         cells = [
-            f"{r['losses'][0]:.4f} -> {r['losses'][-1]:.4f}" if r.get("losses") else r["error"]
+            f"{r['losses'][0]:.4f} -> {r['losses'][-1]:.4f}"
+            if r.get("losses")
+            else r.get("error", "")
             for r in (theirs, ours)
         ]
         yield [name, "loss", *cells]

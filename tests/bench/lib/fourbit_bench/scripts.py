@@ -323,7 +323,7 @@ SCRIPTS: dict[str, Script] = {
     "loop": loop,
     "rslora": with_lora(use_rslora=True),
     "dora": with_lora(use_dora=True),
-    "loftq": with_lora(init_lora_weights="loftq"),
+    "loftq": with_lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig()),
     "pissa": with_lora(init_lora_weights="pissa"),
     "olora": with_lora(init_lora_weights="olora"),
     "merge": merge,
