@@ -21,6 +21,7 @@ from fourbit import diagnosis
 from fourbit.experts import quantize_experts, set_experts
 from fourbit.integrations import on_import, versions
 from fourbit.integrations.versions import SUPPORTED, installed, is_too_old, is_untried, require
+from lora_models import llama
 from moe_models import moe
 from test_trainers import losses, trained, trainer
 
@@ -164,6 +165,15 @@ def test_what_needs_a_later_version_is_refused_by_name(monkeypatch: pytest.Monke
     config = peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
     with pytest.raises(ImportError, match=r"peft 0\.20\.0 is too old for target_param.*: 0\.21"):
         peft.get_peft_model(model, config)
+
+
+def test_other_methods_of_peft_that_need_a_later_version_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(versions, "installed", lambda name: "0.20.0")
+    model = fourbit.quantize_model(llama(torch.float32))
+    with pytest.raises(ImportError, match=r"peft 0\.20\.0 is too old for methods of PEFT other"):
+        peft.get_peft_model(model, peft.IA3Config(target_modules=["q_proj"]))
 
 
 def test_a_short_run_of_sfttrainer(plain_folder: Path, tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ FEATURES = {
         "peft",
         Range("0.21", "0.21", "adapters of experts that lie as the weights do"),
     ),
+    "methods of PEFT other than LoRA on 4-bit layers": (
+        "peft",
+        Range("0.21", "0.21", "a table of what reads and writes quantized weights"),
+    ),
 }
 """What needs a later version of a library than the rest does."""
 

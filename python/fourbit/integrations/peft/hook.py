@@ -77,11 +77,12 @@ def _install(peft: Any, lora_model: Any, loftq_utils: Any, other: Any) -> None:
 
 
 def _install_for_all_methods() -> None:
-    """What methods other than LoRA need."""
+    """What methods other than LoRA need; `_check_method` refuses them where PEFT lacks it."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     name = "_get_base_layer_device_and_dtype"
-    _patches.attribute(BaseTunerLayer, name, _with_weight_dtype(getattr(BaseTunerLayer, name)))
+    if hasattr(BaseTunerLayer, name):
+        _patches.attribute(BaseTunerLayer, name, _with_weight_dtype(getattr(BaseTunerLayer, name)))
     for name, wrapped in (
         ("_check_merge_allowed", _checking_merge),
         ("_replace_module", _checking_method),
@@ -89,7 +90,7 @@ def _install_for_all_methods() -> None:
         _patches.attribute(BaseTuner, name, wrapped(getattr(BaseTuner, name)))
     try:
         from peft.utils import quantization_utils
-    except ImportError:  # versions before this table: such methods are not merged then
+    except ImportError:
         return
     name = "resolve_quantization_backend"
     _originals[name] = _patches.function(getattr(quantization_utils, name), _resolve)
@@ -225,6 +226,8 @@ def _check_method(layer: Any) -> None:
             f"PEFT's {_method(layer)} computes with the weight of a layer, which is in 4 bits "
             "here; use LoRA, or load the base in 16 bits"
         )
+    if _method(layer) != "lora":
+        require_feature("methods of PEFT other than LoRA on 4-bit layers")
 
 
 def _checking_method(original: Callable[..., None]) -> Callable[..., None]:
