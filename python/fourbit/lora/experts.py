@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from fourbit.expert_ops import expert_matmul
 from fourbit.experts import QuantizedExperts, experts_forward, experts_layouts, experts_weight
 from fourbit.lora.config import scaling
-from fourbit.lora.layer import DenseOriginal, InitLora, check_init
+from fourbit.lora.layer import DenseOriginal, InitLora, start_pair
 
 _PROTOCOL = ("num_experts", "is_transposed", "has_gate", "has_bias")
 
@@ -138,28 +137,9 @@ class ExpertsLora(nn.Module):
         Raises:
             ValueError: for an unknown `init_lora_weights`.
         """
-        check_init(init_lora_weights)
-        if self.lora_A.is_meta:
-            return
-        if init_lora_weights == "gaussian":
-            self._fill(self.lora_A, generator, std=1 / self.r)
-        else:
-            self._fill(self.lora_A, generator)
-        if init_lora_weights is False:
-            self._fill(self.lora_B, generator)
-        else:
-            nn.init.zeros_(self.lora_B)
-
-    @staticmethod
-    def _fill(part: Tensor, generator: torch.Generator | None, std: float | None = None) -> None:
         # Expert by expert: in three dimensions torch would take the experts for inputs.
-        for one in part:
-            start = torch.empty(one.shape, dtype=torch.float32)
-            if std is None:
-                nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-            else:
-                nn.init.normal_(start, std=std, generator=generator)
-            one.copy_(start)
+        for a, b in zip(self.lora_A, self.lora_B, strict=True):
+            start_pair(a, b, init_lora_weights, generator)
 
     def forward(self, x: Tensor, product: Tensor, counts: Tensor) -> Tensor:
         """The product [n, out_features] of rows `x` [n, in_features], with the adapter's added."""

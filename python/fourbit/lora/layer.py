@@ -29,17 +29,33 @@ class DenseOriginal:
     weight: Tensor
 
 
-def check_init(init_lora_weights: object) -> None:
-    """Refuse an unknown start of an adapter.
+@torch.no_grad()
+def start_pair(
+    a: Tensor, b: Tensor, init_lora_weights: InitLora, generator: torch.Generator | None
+) -> None:
+    """Start A [r, in] and B [out, r] of one adapter, in place. Nothing happens on meta.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming an unknown `init_lora_weights`.
     """
     if not (isinstance(init_lora_weights, bool) or init_lora_weights in ("default", "gaussian")):
         raise ValueError(
             f"init_lora_weights is {init_lora_weights!r}; "
             'use "default", "gaussian", "loftq", True or False'
         )
+    if a.is_meta:
+        return
+    start = torch.empty(a.shape, dtype=torch.float32)
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(start, std=1 / a.shape[0], generator=generator)
+    else:
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    a.copy_(start)
+    if init_lora_weights is False:
+        start = torch.empty(b.shape, dtype=torch.float32)
+        b.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator))
+    else:
+        nn.init.zeros_(b)
 
 
 class LoraLinear(nn.Module):
@@ -131,7 +147,6 @@ class LoraLinear(nn.Module):
         """Whether the base holds the adapter (`fourbit.merge`)."""
         return self._original is not None
 
-    @torch.no_grad()
     def reset_lora_parameters(
         self,
         init_lora_weights: InitLora = "default",
@@ -143,21 +158,7 @@ class LoraLinear(nn.Module):
         Raises:
             ValueError: for an unknown `init_lora_weights`.
         """
-        check_init(init_lora_weights)
-        a, b = self.lora_A.weight, self.lora_B.weight
-        if a.is_meta:
-            return
-        start = torch.empty(a.shape, dtype=torch.float32)
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(start, std=1 / self.r, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-        a.copy_(start)
-        if init_lora_weights is False:
-            start = torch.empty(b.shape, dtype=torch.float32)
-            b.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator))
-        else:
-            nn.init.zeros_(b)
+        start_pair(self.lora_A.weight, self.lora_B.weight, init_lora_weights, generator)
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
