@@ -50,6 +50,7 @@ class Codebook:
 
     def _set(self, core: _core.Codebook) -> None:
         self._core = core
+        self._name = core.name
         self._values = tuple(core.values)
         known = _registry.setdefault(core.name, self)
         if known != self:
@@ -69,7 +70,7 @@ class Codebook:
     @property
     def name(self) -> str:
         """``nf4``, ``fp4``, ``int4``, or the name of a user's map."""
-        return self._core.name
+        return self._name
 
     @property
     def values(self) -> tuple[float, ...]:

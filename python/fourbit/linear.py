@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,11 @@ from fourbit.dense import weight_by_rows
 from fourbit.integrations import is_conv1d
 from fourbit.layout import NESTED_BLOCK_SIZE, block_count, packed_bytes
 from fourbit.quantized import QuantizedTensor, quantize
+
+Operands: TypeAlias = tuple[
+    Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, str, int, int, int
+]
+"""A layer's bias, weight and layout, in the order of the arguments of `ops.linear`."""
 
 
 class Linear4bit(nn.Linear):
@@ -161,11 +166,10 @@ class Linear4bit(nn.Linear):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory."""
-        self._keep_bytes()
-        nested_absmax, nested_offset = self.weight_nested_absmax, self.weight_nested_offset
+        _, packed, absmax, nested_absmax, nested_offset, *_ = self.operands()
         return QuantizedTensor(
-            self.weight.data,
-            self.weight_absmax.data,
+            packed.data,
+            absmax.data,
             None if nested_absmax is None else nested_absmax.data,
             None if nested_offset is None else nested_offset.data,
             self.codebook,
@@ -209,14 +213,29 @@ class Linear4bit(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in nn.Linear
         """``input`` [..., in_features] -> [..., out_features], in the dtype of `input`."""
-        self._keep_bytes()
-        return ops.linear(
-            input,
-            self.bias,
-            self.weight,
-            self.weight_absmax,
-            self.weight_nested_absmax,
-            self.weight_nested_offset,
+        return ops.linear(input, *self.operands())
+
+    def operands(self) -> Operands:
+        """What `ops.linear` takes beside its input."""
+        parameters: dict[str, Any] = self._parameters
+        try:
+            # One by one as attributes they would cost more than all else here: ``nn.Module`` finds
+            # a parameter only when Python has given up looking for an attribute.
+            bias = parameters["bias"]
+            packed, absmax = parameters["weight"], parameters["weight_absmax"]
+            nested_absmax = parameters["weight_nested_absmax"]
+            nested_offset = parameters["weight_nested_offset"]
+        except KeyError:  # replicas, shards and parametrizations keep plain attributes instead
+            bias, packed, absmax = self.bias, self.weight, self.weight_absmax
+            nested_absmax, nested_offset = self.weight_nested_absmax, self.weight_nested_offset
+        if absmax.dtype is not torch.uint8:
+            self._keep_bytes()  # of the parameters themselves, in place
+        return (
+            bias,
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
             self.codebook.name,
             self.block_size,
             self.out_features,
@@ -227,8 +246,6 @@ class Linear4bit(nn.Linear):
         # Scripts of old prepare a model by `param.data = param.data.to(torch.float32)` for every
         # parameter of one dimension, norms in mind. A byte is a number in every float type, so
         # what they have done to the scales is undone without loss.
-        if self.weight_absmax.dtype is torch.uint8:
-            return
         for name in ("weight_absmax", "weight_nested_absmax", "weight_nested_offset"):
             part = getattr(self, name)
             if part is not None:

@@ -320,7 +320,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if torch.is_grad_enabled() and x.requires_grad:  # torch records no graph of products into `out`
         return torch.nn.functional.linear(x, weight, bias)
-    output = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    output = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, out = x.reshape(-1, weight.shape[1]), output.view(-1, weight.shape[0])
     if bias is None:
         torch.mm(rows, weight.T, out=out)
@@ -479,6 +479,8 @@ class _LinearTransposed(torch.autograd.Function):
 
 def autocast_operand(x: Tensor) -> Tensor:
     """An operand in autocast's dtype, where that is on."""
+    if x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return x  # without the device's name, which takes longer than all else here
     device = x.device.type
     # The meta device knows no autocast and would raise.
     if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point():
@@ -486,10 +488,13 @@ def autocast_operand(x: Tensor) -> Tensor:
     return x
 
 
+_linear = torch.ops.fourbit.linear.default
+
+
 def _product(x: Tensor, bias: Tensor | None, *weight: Tensor | str | int | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, *weight)  # type: ignore[no-any-return]
-    return torch.ops.fourbit.linear.default(x, bias, *weight)  # type: ignore[no-any-return]
+    return _linear(x, bias, *weight)  # type: ignore[no-any-return]
 
 
 def linear(
@@ -523,7 +528,15 @@ def linear(
     Returns:
         [..., out_features] in the dtype of the computation.
     """
-    x = autocast_operand(x)
-    weight = (packed, absmax, nested_absmax, nested_offset)
-    layout = (codebook, block_size, out_features, in_features)
-    return _product(x, bias, *weight, *layout)
+    return _product(
+        autocast_operand(x),
+        bias,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        codebook,
+        block_size,
+        out_features,
+        in_features,
+    )

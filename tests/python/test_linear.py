@@ -180,6 +180,35 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(model[0].weight.grad, expected)
 
 
+def test_parameters_kept_as_plain_attributes_are_found():
+    """As in replicas of ``nn.DataParallel``, in FSDP1's flat shards, and under parametrizations."""
+    _, layer = make_layer(33, 96)
+    x = torch.randn(5, 33)
+    expected = layer(x)
+    for name, part in list(layer.named_parameters()):
+        delattr(layer, name)
+        setattr(layer, name, part.detach())
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    assert not list(layer.parameters())
+    assert torch.equal(layer.quantized().packed, layer.weight)
+
+    _, layer = make_layer(33, 96)
+    expected = layer(x)
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", nn.Softplus())
+    original = layer.parametrizations.bias.original
+    plus = nn.functional.softplus(original) - original
+    torch.testing.assert_close(layer(x), expected + plus)
+
+
+def test_parameters_swapped_for_a_call_are_used():
+    _, layer = make_layer(33, 96)
+    _, other = make_layer(33, 96, bias=True)
+    other.bias.data += 1
+    x = torch.randn(5, 33)
+    swapped = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
+    torch.testing.assert_close(swapped, other(x), rtol=0, atol=0)
+
+
 def test_autocast_computes_in_its_dtype():
     _, layer = make_layer(64, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

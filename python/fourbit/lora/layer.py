@@ -172,12 +172,14 @@ class LoraLinear(nn.Module):
         result: Tensor = self.base_layer(x)
         if self._original is not None:
             return result
-        side_input = x.to(self.lora_A.weight.dtype)
-        dropped = self.lora_dropout(side_input)
-        down: Tensor = self.lora_A(dropped)
+        a, b = self.lora_A.weight, self.lora_B.weight
+        dropped, dropout = cast(x, a.dtype), self.lora_dropout
+        if type(dropout) is not nn.Identity:
+            dropped = dropout(dropped)
+        down = F.linear(dropped, a)
         if self.lora_magnitude_vector is None:
-            return add_side(result, down, self.lora_B.weight, self.scaling).to(result.dtype)
-        side: Tensor = self.lora_B(down) * self.scaling
+            return cast(add_side(result, down, b, self.scaling), result.dtype)
+        side = F.linear(down, b) * self.scaling
         # Dropout acts on the whole input of the direction, that of the frozen weight included.
         if self.training and isinstance(self.lora_dropout, nn.Dropout):
             direction = base_product(self.base_layer, dropped)
@@ -208,6 +210,11 @@ class LoraLinear(nn.Module):
         return f"{kind}, r={self.r}, scaling={self.scaling:g}{state}"
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in that dtype; one that has it is not even looked at, which for one row counts."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def add_side(result: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     """``result + scaling * down up^T``, in the wider dtype of `result` and `down`.
 
@@ -220,28 +227,20 @@ def add_side(result: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor
         up: [out_features, r].
         scaling: of the product.
     """
-    dtype = torch.promote_types(result.dtype, down.dtype)
-    total = result.to(dtype).reshape(-1, up.shape[0])
-    up = up.to(dtype)  # operators in place know no autocast
-    total = total.addmm_(down.to(dtype).reshape(-1, up.shape[1]), up.T, alpha=scaling)
-    return total.view(result.shape)
+    dtype = result.dtype
+    if down.dtype is not dtype:
+        dtype = torch.promote_types(dtype, down.dtype)
+    out_features, r = up.shape
+    total = cast(result, dtype).reshape(-1, out_features)
+    up = cast(up, dtype)  # operators in place know no autocast
+    total = total.addmm_(cast(down, dtype).reshape(-1, r), up.t(), alpha=scaling)
+    return total.view_as(result)
 
 
 def base_product(base: nn.Linear, x: Tensor) -> Tensor:
     """``x W^T`` with the frozen weight and without the bias, in the dtype of `x`."""
     if isinstance(base, Linear4bit):
-        return ops.linear(
-            x,
-            None,
-            base.weight,
-            base.weight_absmax,
-            base.weight_nested_absmax,
-            base.weight_nested_offset,
-            base.codebook.name,
-            base.block_size,
-            base.out_features,
-            base.in_features,
-        )
+        return ops.linear(x, None, *base.operands()[1:])
     return F.linear(x, base.weight.to(x.dtype))
 
 
