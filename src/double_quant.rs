@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::blockwise::Coder;
 use crate::layout::{Layout, NESTED_BLOCK_SIZE, check_length};
-use crate::{Backend, Codebook, Error, Result, blockwise};
+use crate::{Backend, Codebook, Error, Result, blockwise, team};
 
 /// Scales that are summed as a unit: one warp's work on a GPU, four registers' on a CPU.
 const CHUNK: usize = 1024;
@@ -241,11 +241,14 @@ pub fn dequantize(
     if blockwise::is_small(absmax.len()) {
         part(codes, nested_absmax, absmax);
     } else {
-        absmax
-            .par_chunks_mut(TASK)
-            .zip(codes.par_chunks(TASK))
-            .zip(nested_absmax.par_chunks(TASK / NESTED_BLOCK_SIZE.get()))
-            .for_each(|((absmax, codes), nested)| part(codes, nested, absmax));
+        let tasks = absmax
+            .chunks_mut(TASK)
+            .zip(codes.chunks(TASK))
+            .zip(nested_absmax.chunks(TASK / NESTED_BLOCK_SIZE.get()))
+            .collect();
+        team::each(tasks, |((absmax, codes), nested)| {
+            part(codes, nested, absmax)
+        });
     }
     Ok(())
 }

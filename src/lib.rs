@@ -16,6 +16,7 @@
 //! | [`double_quant`] | the block scales themselves in 8 bits, and back |
 //! | [`checkpoint`] | the file format: read, write, verify; every file is taken as hostile |
 //! | [`convert`](mod@convert) | a 16-bit checkpoint into a 4-bit one, streamed |
+//! | [`team`] | the threads that share work |
 //! | [`optimizer`] | AdamW on the CPU, its state in 32 bits or blockwise in 8 |
 //! | [`gpu`] | the CUDA kernels: their source, compiled when first used |
 //!
@@ -76,6 +77,7 @@ pub mod error;
 pub mod gpu;
 pub mod layout;
 pub mod optimizer;
+pub mod team;
 
 #[cfg(feature = "python")]
 mod python;

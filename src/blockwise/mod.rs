@@ -2,7 +2,8 @@
 //! element the code of the nearest codebook value of `x / scale`.
 //!
 //! `scalar` is the specification. The SIMD twins give the same bytes, on any number of threads:
-//! blocks do not depend on each other. Work runs on the current rayon pool.
+//! blocks do not depend on each other. Decoding runs on the threads
+//! of [`team`], the rest on the current rayon pool.
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -35,7 +36,7 @@ pub use self::backend::Backend;
 pub(crate) use self::backend::Kind;
 use self::search::Search;
 use crate::layout::{Layout, check_length};
-use crate::{BlockSize, Codebook, Element, Error, Result};
+use crate::{BlockSize, Codebook, Element, Error, Result, team};
 
 /// Elements a thread works on at a time: enough to hide the cost of handing out work, few enough
 /// to stay in its share of the cache. A multiple of every block size.
@@ -175,11 +176,14 @@ pub fn dequantize_with<T: Element>(
     if is_small(output.len()) {
         dequantize_task(packed, absmax, output);
     } else {
-        output
-            .par_chunks_mut(TASK_ELEMENTS)
-            .zip(packed.par_chunks(TASK_ELEMENTS / codes_per_byte))
-            .zip(absmax.par_chunks(TASK_ELEMENTS / block_size.get()))
-            .for_each(|((output, packed), absmax)| dequantize_task(packed, absmax, output));
+        let tasks = output
+            .chunks_mut(TASK_ELEMENTS)
+            .zip(packed.chunks(TASK_ELEMENTS / codes_per_byte))
+            .zip(absmax.chunks(TASK_ELEMENTS / block_size.get()))
+            .collect();
+        team::each(tasks, |((output, packed), absmax)| {
+            dequantize_task(packed, absmax, output);
+        });
     }
     Ok(())
 }

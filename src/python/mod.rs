@@ -11,6 +11,7 @@ mod errors;
 mod gpu;
 #[cfg(feature = "cuda")]
 mod memory;
+mod openmp;
 mod optimizer;
 mod quantize;
 mod tensor;
@@ -56,6 +57,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        openmp::remember_process();
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("OLDEST_CAPABILITY", crate::gpu::kernel::OLDEST)?;
         module.add("ADAMW_SEGMENT_BYTES", crate::gpu::adamw::SEGMENT_BYTES)?;

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 
 use super::errors::to_python;
 use super::tensor::{Tensor, with_float};
-use super::threads::detached_blockwise;
+use super::threads::{detached_blockwise, detached_team};
 use crate::codebook::Ties;
 use crate::{Backend, BlockSize, blockwise, codebook, double_quant};
 
@@ -106,7 +106,7 @@ pub(super) fn dequantize(
     let (packed, absmax) = (packed.slice()?, absmax.slice()?);
     with_float!(output.float_dtype()?, T => {
         let output = output.slice_mut::<T>()?;
-        detached_blockwise(py, threads, output.len(), || {
+        detached_team(py, threads, output.len(), || {
             blockwise::dequantize_with(backend, packed, absmax, &codebook.0, block_size, output)
         })
     })
@@ -143,7 +143,7 @@ pub(super) fn dequantize_absmax(
 ) -> PyResult<()> {
     let (codes, nested_absmax) = (codes.slice()?, nested_absmax.slice()?);
     let absmax = absmax.slice_mut()?;
-    detached_blockwise(py, threads, absmax.len(), || {
+    detached_team(py, threads, absmax.len(), || {
         double_quant::dequantize(codes, nested_absmax, offset, absmax)
     })
 }

@@ -13,8 +13,9 @@ use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::errors::to_python;
+use super::openmp;
 use crate::convert::MOST_THREADS;
-use crate::{Error, Result, blockwise};
+use crate::{Error, Result, blockwise, team};
 
 /// Between two calls of a progress callback, and two looks for Ctrl-C.
 pub(super) const INTERVAL: Duration = Duration::from_millis(50);
@@ -48,6 +49,21 @@ pub(super) fn detached_blockwise<T: Send>(
         return py.detach(work).map_err(|error| to_python(&error));
     }
     detached(py, threads, work)
+}
+
+/// [`detached`] for work on so many elements that shares itself by [`team::each`] alone: on torch's
+/// threads where they can be reached.
+pub(super) fn detached_team<T: Send>(
+    py: Python<'_>,
+    threads: usize,
+    elements: usize,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    let Some(start) = openmp::start() else {
+        return detached_blockwise(py, threads, elements, work);
+    };
+    py.detach(|| team::lend(start, threads.clamp(1, MOST_THREADS), work))
+        .map_err(|error| to_python(&error))
 }
 
 /// [`detached`] for work that takes long: every [`INTERVAL`] and at the end, on the calling

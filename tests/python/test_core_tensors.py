@@ -1,5 +1,9 @@
 """What the core takes as a tensor, and what it says of anything else."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -62,3 +66,39 @@ def test_views_parameters_and_empty_tensors_are_tensors():
     dequantize(
         packed=torch.empty(0, dtype=torch.uint8), absmax=torch.empty(0), output=torch.empty(0)
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_its_parents_threads():
+    packed, scales = torch.zeros(1 << 20, dtype=torch.uint8), torch.ones(1 << 15)
+    output = torch.zeros(1 << 21)
+
+    def decode():
+        _core.dequantize(packed, scales, NF4, 64, output, threads=4)
+        return bool((output[:: 1 << 15] == -1).all())
+
+    assert decode()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends a child that waits
+        os._exit(0 if decode() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_threads_share_the_work_between_products_of_torch():
+    packed, scales = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8), torch.rand(1 << 15)
+    expected = torch.zeros(1 << 21)
+    _core.dequantize(packed, scales, NF4, 64, expected, threads=1, backend="scalar")
+    matrix = torch.randn(256, 256)
+
+    def decode(threads):
+        matrix @ matrix
+        output = torch.zeros(1 << 21)
+        _core.dequantize(packed, scales, NF4, 64, output, threads=threads)
+        return output
+
+    # As autograd's thread does, and several of a program's.
+    with ThreadPoolExecutor(3) as pool:
+        for output in pool.map(decode, [1, 2, 3, 8, 100, 2]):
+            assert torch.equal(output, expected)
