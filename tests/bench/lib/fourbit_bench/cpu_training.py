@@ -1,0 +1,96 @@
+"""A QLoRA step of a small Llama, each format in a process of its own, so that peaks are its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fourbit
+from fourbit_bench.cpu_models import KINDS, in_format, linear_elements, llama
+from fourbit_bench.cpu_products import PACKED
+from fourbit_bench.cpu_report import BNB, DENSE, OURS, Goal, Row
+from fourbit_bench.memory import peak_memory, reset_peak_memory
+
+RANK, TOKENS, STEPS, TURNS = 64, 512, 3, 2
+
+
+def rows(*, small: bool, script: Path) -> Iterator[Row]:
+    """Processes of all formats take turns."""
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for turn in range(1 if small else TURNS):
+        for kind in KINDS:
+            if turn == 0 or kind != "bitsandbytes":
+                results[kind].append(_in_fresh_process(script, kind, small=small))
+    columns = {"fourbit": OURS, "bf16": DENSE, "bitsandbytes": BNB}
+
+    def medians(figure: str) -> dict[str, float]:
+        return {
+            columns[kind]: statistics.median(result[figure] for result in found)
+            for kind, found in results.items()
+        }
+
+    peaks = medians("peak")
+    saved = (2 - PACKED) * results["fourbit"][0]["elements"]
+    lower = (peaks[DENSE] - peaks[OURS]) / saved
+    yield Row(
+        f"QLoRA step, r {RANK}, {TOKENS if not small else 16} tokens, checkpointing",
+        medians("seconds"),
+        at_most=[(DENSE, 1.05)],
+        goals=[Goal("peak memory lower, in saved weight bytes", lower, 1.0)],
+        peaks=peaks,
+        remark="torch: the same code with bf16 weights; bitsandbytes: its layers and PEFT",
+    )
+
+
+def work_step(kind: str, size: str) -> dict[str, float]:
+    """In a process of its own: median seconds of a step, the steps' peak memory, and elements."""
+    small = size == "small"
+    model = llama(small=small)
+    elements = linear_elements(model)
+    model = _with_adapters(in_format(model, kind), kind).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    trained = [part for part in model.parameters() if part.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    tokens = torch.randint(0, 500, (1, 16 if small else TOKENS))
+    gc.collect()
+    reset_peak_memory()
+    times = []
+    for _ in range(1 + (1 if small else STEPS)):
+        started = time.perf_counter()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
+    return {
+        "seconds": statistics.median(times[1:]),
+        "peak": peak_memory(),
+        "elements": elements,
+    }
+
+
+def _with_adapters(model: Any, kind: str) -> Any:
+    if kind != "bitsandbytes":
+        return fourbit.add_lora(model, r=RANK, lora_dropout=0.0, seed=0)
+    import peft
+
+    for part in model.parameters():
+        part.requires_grad_(False)
+    config = peft.LoraConfig(r=RANK, target_modules="all-linear", lora_dropout=0.0)
+    return peft.get_peft_model(model, config)
+
+
+def _in_fresh_process(script: Path, kind: str, *, small: bool) -> dict[str, float]:
+    command = [sys.executable, script, "--work", "step", kind, "small" if small else "full"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
