@@ -20,7 +20,7 @@ from fourbit_bench.cpu_products import PACKED
 from fourbit_bench.cpu_report import BNB, DENSE, OURS, Goal, Row
 from fourbit_bench.memory import peak_memory, reset_peak_memory
 
-RANK, TOKENS, STEPS, TURNS = 64, 512, 3, 2
+RANK, TOKENS, STEPS, TURNS = 64, 512, 2, 2
 
 
 def rows(*, small: bool, script: Path) -> Iterator[Row]:
