@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2;
+use super::cells::Cells;
 use super::search::{Bins, Search};
 use super::task::entry_points;
 use super::vector::{Vector, descend_4};
@@ -14,7 +15,7 @@ entry_points!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c");
 
 /// One register of sixteen numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(crate) struct Avx512(__m512);
 
 // SAFETY (of the whole implementation): callers guarantee the features, as the trait says; loads
 // and stores are the unaligned ones, but for streamed stores, whose alignment the trait asks for.
@@ -84,6 +85,26 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract(self, other: Self) -> Self {
+        unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn divide(self, divisor: Self) -> Self {
+        unsafe { Self(_mm512_div_ps(self.0, divisor.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn square_root(self) -> Self {
+        unsafe { Self(_mm512_sqrt_ps(self.0)) }
+    }
+
+    #[inline(always)]
     unsafe fn no_magnitudes() -> __m512i {
         unsafe { _mm512_setzero_si512() }
     }
@@ -101,6 +122,14 @@ impl Vector for Avx512 {
                 let magnitude = _mm512_set1_epi16(i16::MAX);
                 _mm512_max_epu16(so_far, _mm512_and_si512(bits, magnitude))
             }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn larger_of(so_far: __m512i, numbers: Self) -> __m512i {
+        unsafe {
+            let bits = _mm512_castps_si512(numbers.0);
+            _mm512_max_epu32(so_far, _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX)))
         }
     }
 
@@ -170,6 +199,36 @@ impl Vector for Avx512 {
             );
             let greater = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, midpoint);
             _mm512_mask_add_epi32(node, greater, node, _mm512_set1_epi32(search.one))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn cell_node(self, cells: &Cells) -> __m512i {
+        unsafe {
+            let count = _mm512_set1_epi32(cells.low_bits.cast_signed());
+            let mask = _mm512_set1_epi32((1 << cells.low_bits) - 1);
+            let ordered = if cells.negative == 0 {
+                _mm512_castps_si512(_mm512_max_ps(self.0, _mm512_setzero_ps()))
+            } else {
+                let bits = _mm512_castps_si512(self.0);
+                _mm512_ternarylogic_epi32::<XOR_AND>(
+                    bits,
+                    _mm512_srai_epi32::<31>(bits),
+                    _mm512_set1_epi32(i32::MAX),
+                )
+            };
+            let cell = _mm512_srav_epi32(ordered, count);
+            let word = _mm512_i32gather_epi32::<4>(cell, cells.middle().cast());
+            let low = _mm512_and_si512(ordered, mask);
+            _mm512_srlv_epi32(_mm512_add_epi32(word, low), count)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn keep_from_zero(node: __m512i, number: Self) -> __m512i {
+        unsafe {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(number.0, _mm512_setzero_ps());
+            _mm512_mask_max_epu32(node, above, node, _mm512_set1_epi32(257))
         }
     }
 
@@ -281,6 +340,8 @@ const HIGH_HALF: i32 = 0xffff_0000_u32.cast_signed();
 const WHOLE_NUMBERS: f32 = (1 << 23) as f32;
 /// The truth table of `a ^ b ^ c`.
 const XOR3: i32 = 0x96;
+/// The truth table of `a ^ (b & c)`.
+const XOR_AND: i32 = 0x78;
 
 /// Sixteen nodes of the tree.
 ///

@@ -169,6 +169,9 @@ unsafe fn encode_block<V: Vector, T: Element, const BITS: usize>(
 unsafe fn byte_node<V: Vector>(numbers: V, search: &Search) -> V::Index {
     // SAFETY: the caller answers for the features of `V`.
     unsafe {
+        if let Some(cells) = search.cells {
+            return numbers.cell_node(cells);
+        }
         let node = descend_4(numbers, search);
         let node = numbers.descend::<16>(search, node);
         let node = numbers.descend::<32>(search, node);

@@ -1,6 +1,7 @@
 //! What the SIMD algorithms need from an instruction set.
 #![allow(unsafe_code)]
 
+use super::cells::Cells;
 use super::search::Search;
 use crate::Element;
 
@@ -21,7 +22,7 @@ macro_rules! map_2 {
         ]
     }};
 }
-pub(super) use map_2;
+pub(crate) use map_2;
 
 /// Sixteen single-precision numbers, in as many registers as they take.
 ///
@@ -31,7 +32,7 @@ pub(super) use map_2;
 /// # Safety
 /// For every function: the processor must have the features of the implementation, and a pointer
 /// must be good for as many elements as the function says, of any alignment unless it says more.
-pub(super) trait Vector: Copy {
+pub(crate) trait Vector: Copy {
     /// Elements of a group.
     const GROUP: usize = 32;
 
@@ -50,12 +51,22 @@ pub(super) trait Vector: Copy {
     unsafe fn store<T: Element>(group: [Self; 2], target: *mut T);
     /// Lane by lane, rounded once.
     unsafe fn multiply(self, factor: Self) -> Self;
+    /// Lane by lane, rounded once.
+    unsafe fn add(self, other: Self) -> Self;
+    /// Lane by lane, rounded once.
+    unsafe fn subtract(self, other: Self) -> Self;
+    /// Lane by lane, rounded once.
+    unsafe fn divide(self, divisor: Self) -> Self;
+    /// Lane by lane, rounded once.
+    unsafe fn square_root(self) -> Self;
 
     /// Zero in every lane.
     unsafe fn no_magnitudes() -> Self::Magnitudes;
     /// The larger ones of these and those of a group, compared as integers: magnitudes of finite
     /// numbers order the same way, infinities and NaNs come out above them.
     unsafe fn larger<T: Element>(so_far: Self::Magnitudes, group: *const T) -> Self::Magnitudes;
+    /// The same for numbers in registers.
+    unsafe fn larger_of(so_far: Self::Magnitudes, numbers: Self) -> Self::Magnitudes;
     /// The bits of the largest magnitude, of `T`'s width.
     unsafe fn largest<T: Element>(magnitudes: Self::Magnitudes) -> u32;
 
@@ -72,6 +83,12 @@ pub(super) trait Vector: Copy {
         // SAFETY: the caller's promises are the same.
         unsafe { descend_4(self, search) }
     }
+
+    /// Node `256 + rank` of every lane. The numbers are from -1 to 1, give or take a rounding; where
+    /// no cells are of negative numbers, those below 0 and NaN are taken for 0.
+    unsafe fn cell_node(self, cells: &Cells) -> Self::Index;
+    /// The node, but at least 257 where the number is above 0.
+    unsafe fn keep_from_zero(node: Self::Index, number: Self) -> Self::Index;
 
     /// `16 + codes[node - 16]`, where nodes and codes are below 32 and 16.
     unsafe fn recode(node: Self::Index, codes: &[u8; 256]) -> Self::Index;
