@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::cells::Cells;
+use super::cells::{CellWords, low_bits};
 use super::search::Search;
 use super::task::entry_points;
 use super::vector::{Vector, map_2};
@@ -208,12 +208,12 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn cell_node(self, cells: &Cells) -> [__m256i; 2] {
+    unsafe fn cell_node<const SIGNED: bool>(self, cells: CellWords) -> [__m256i; 2] {
         unsafe {
-            let count = _mm_cvtsi32_si128(cells.low_bits.cast_signed());
-            let mask = _mm256_set1_epi32((1 << cells.low_bits) - 1);
+            let count = _mm_cvtsi32_si128(low_bits(SIGNED).cast_signed());
+            let mask = _mm256_set1_epi32((1 << low_bits(SIGNED)) - 1);
             map_2!(self.0, |half| {
-                let ordered = if cells.negative == 0 {
+                let ordered = if !SIGNED {
                     _mm256_castps_si256(_mm256_max_ps(half, _mm256_setzero_ps()))
                 } else {
                     let bits = _mm256_castps_si256(half);
@@ -221,7 +221,7 @@ impl Vector for Avx2 {
                     _mm256_xor_si256(bits, inverted)
                 };
                 let cell = _mm256_sra_epi32(ordered, count);
-                let word = _mm256_i32gather_epi32::<4>(cells.middle().cast(), cell);
+                let word = _mm256_i32gather_epi32::<4>(cells.0.cast(), cell);
                 let low = _mm256_and_si256(ordered, mask);
                 _mm256_srl_epi32(_mm256_add_epi32(word, low), count)
             })

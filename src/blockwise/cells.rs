@@ -17,27 +17,30 @@
 use std::sync::LazyLock;
 
 use crate::Codebook;
-use crate::codebook::Ties;
 
 /// What `rank` is counted from in a word: ranks come out as the nodes of a search tree do.
 const FIRST_NODE: u32 = 256;
 
-/// A codebook by cells. Numbers to look up are from -2 to 2, both left out, or at least 0 where
-/// there are no [`negative`](Self::negative) cells.
+/// A dynamic map by cells. Numbers to look up are from -2 to 2, both left out, or at least 0 for
+/// the unsigned map.
 pub(crate) struct Cells {
-    /// Cells of negative numbers, then of the others, in the order of the numbers.
+    /// Cells of negative numbers, for the signed map, then of the others, in the numbers' order.
     words: Vec<u32>,
     /// How many of them are of negative numbers.
-    pub(crate) negative: usize,
-    /// How many bits of a number are not part of its cell.
-    pub(crate) low_bits: u32,
+    negative: usize,
 }
 
 static SIGNED: LazyLock<Option<Cells>> =
-    LazyLock::new(|| Cells::new(Codebook::dynamic_signed(), 17));
+    LazyLock::new(|| Cells::new(Codebook::dynamic_signed(), true, low_bits(true)));
 
 static UNSIGNED: LazyLock<Option<Cells>> =
-    LazyLock::new(|| Cells::new(Codebook::dynamic_unsigned(), 16));
+    LazyLock::new(|| Cells::new(Codebook::dynamic_unsigned(), false, low_bits(false)));
+
+/// How many bits of a number are not part of its cell: as many as leave every midpoint of the
+/// signed or the unsigned map a cell of its own.
+pub(crate) const fn low_bits(signed: bool) -> u32 {
+    if signed { 17 } else { 16 }
+}
 
 impl Cells {
     /// Those of a built-in dynamic map; `None` for any other codebook.
@@ -51,57 +54,63 @@ impl Cells {
         }
     }
 
-    /// None where two midpoints share a cell, and for codebooks whose ties take the upper value.
-    fn new(codebook: &Codebook, low_bits: u32) -> Option<Self> {
-        let midpoints = codebook.midpoints();
-        if codebook.ties() == Ties::Upper || !midpoints.iter().all(|x| x.abs() < 1.0) {
-            return None;
-        }
+    /// None where two midpoints share a cell, or one has none.
+    fn new(codebook: &Codebook, signed: bool, low_bits: u32) -> Option<Self> {
         // Up to the cell before that of 2.
-        let positive = (2.0_f32.to_bits() >> low_bits) as usize;
-        let negative = if midpoints[0] < 0.0 { positive } else { 0 };
-        let mut words = Vec::with_capacity(negative + positive);
-        let mut rest = midpoints
-            .iter()
-            .map(|&midpoint| ordered(midpoint))
-            .peekable();
-        let mut node = FIRST_NODE;
+        let positive = (2.0_f32.to_bits() >> low_bits).cast_signed();
+        let negative = if signed { positive } else { 0 };
         let mask = (1 << low_bits) - 1;
-        for cell in -(negative as i32)..positive as i32 {
-            let mut word = node << low_bits;
-            if let Some(midpoint) = rest.next_if(|midpoint| midpoint >> low_bits == cell) {
-                word += mask - (midpoint.cast_unsigned() & mask);
-                node += 1;
-            }
-            words.push(word);
-        }
-        rest.next().is_none().then_some(Self {
+        let midpoints = codebook.midpoints().iter();
+        let mut midpoints = midpoints.map(|&midpoint| ordered(midpoint)).peekable();
+        let mut node = FIRST_NODE;
+        let words = (-negative..positive)
+            .map(|cell| {
+                let mut word = node << low_bits;
+                let of_cell = |&midpoint: &i32| midpoint >> low_bits == cell;
+                if let Some(midpoint) = midpoints.next_if(of_cell) {
+                    word += mask - (midpoint.cast_unsigned() & mask);
+                    node += 1;
+                }
+                word
+            })
+            .collect();
+        midpoints.next().is_none().then_some(Self {
             words,
-            negative,
-            low_bits,
+            negative: negative as usize,
         })
+    }
+
+    /// Whether it is of the signed map.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(crate) fn is_signed(&self) -> bool {
+        self.negative > 0
     }
 
     /// The word of cell 0, before which those of negative numbers are.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    pub(crate) fn middle(&self) -> *const u32 {
-        self.words[self.negative..].as_ptr()
+    pub(crate) fn middle(&self) -> CellWords {
+        CellWords(self.words[self.negative..].as_ptr())
     }
 
     /// 256 and the rank of a number.
-    #[cfg(any(target_arch = "aarch64", test))]
-    pub(crate) fn node(&self, number: f32) -> u32 {
-        let number = if self.negative == 0 {
-            number.max(0.0)
-        } else {
+    #[cfg(test)]
+    fn node(&self, number: f32) -> u32 {
+        let ordered = ordered(if self.is_signed() {
             number
-        };
-        let ordered = ordered(number);
-        let cell = (ordered >> self.low_bits) as isize + self.negative as isize;
-        let low = ordered.cast_unsigned() & ((1 << self.low_bits) - 1);
-        (self.words[cell.cast_unsigned()] + low) >> self.low_bits
+        } else {
+            number.max(0.0)
+        });
+        let low_bits = low_bits(self.is_signed());
+        let cell = (ordered >> low_bits) as isize + self.negative as isize;
+        let low = ordered.cast_unsigned() & ((1 << low_bits) - 1);
+        (self.words[cell.cast_unsigned()] + low) >> low_bits
     }
 }
+
+/// Where the word of cell 0 is: what a loop keeps in a register.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[derive(Clone, Copy)]
+pub(crate) struct CellWords(pub(crate) *const u32);
 
 /// An integer that grows with the number: its bits, those of a negative one with all but the sign
 /// inverted.
@@ -120,9 +129,10 @@ mod tests {
     fn ranks_are_those_of_the_specification_around_every_midpoint_and_every_edge_of_a_cell() {
         for codebook in [Codebook::dynamic_signed(), Codebook::dynamic_unsigned()] {
             let cells = Cells::of(codebook).expect("every midpoint has a cell of its own");
+            let bits = low_bits(cells.is_signed());
             let around = |x: f32| [x.next_down(), x, x.next_up()];
-            let edges = (0..=1.0_f32.to_bits() >> cells.low_bits)
-                .map(|cell| f32::from_bits(cell << cells.low_bits))
+            let edges = (0..=1.0_f32.to_bits() >> bits)
+                .map(|cell| f32::from_bits(cell << bits))
                 .flat_map(|edge| [edge, -edge]);
             let midpoints = codebook.midpoints().iter().copied();
             let values = codebook.values().iter().copied();
@@ -143,9 +153,8 @@ mod tests {
         for codebook in [Codebook::nf4(), Codebook::fp4()] {
             assert!(Cells::of(codebook).is_none());
         }
-        // Too coarse for the map.
-        assert!(Cells::new(Codebook::dynamic_unsigned(), 18).is_none());
-        let upper = Codebook::from_map("upper", &[(0, -1.0), (1, 1.0)], Ties::Upper);
-        assert!(Cells::new(&upper.expect("a good map"), 16).is_none());
+        // Too coarse for the map; of the other sign.
+        assert!(Cells::new(Codebook::dynamic_unsigned(), false, 17).is_none());
+        assert!(Cells::new(Codebook::dynamic_signed(), false, 17).is_none());
     }
 }

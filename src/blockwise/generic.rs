@@ -170,7 +170,12 @@ unsafe fn byte_node<V: Vector>(numbers: V, search: &Search) -> V::Index {
     // SAFETY: the caller answers for the features of `V`.
     unsafe {
         if let Some(cells) = search.cells {
-            return numbers.cell_node(cells);
+            let words = cells.middle();
+            return if cells.is_signed() {
+                numbers.cell_node::<true>(words)
+            } else {
+                numbers.cell_node::<false>(words)
+            };
         }
         let node = descend_4(numbers, search);
         let node = numbers.descend::<16>(search, node);

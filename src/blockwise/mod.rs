@@ -35,13 +35,13 @@ use rayon::prelude::*;
 
 pub use self::backend::Backend;
 pub(crate) use self::backend::Kind;
-pub(crate) use self::cells::Cells;
+pub(crate) use self::cells::{CellWords, Cells};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use self::neon::Neon;
 pub(crate) use self::scalar::{encode_block, normaliser};
 use self::search::Search;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) use self::vector::{Vector, map_2};
+pub(crate) use self::vector::{ByteMap, Vector, map_2};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use self::{avx2::Avx2, avx512::Avx512};
 use crate::layout::{Layout, check_length};

@@ -4,7 +4,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::cells::Cells;
+use super::cells::{CellWords, low_bits};
 use super::search::Search;
 use super::task::entry_points;
 use super::vector::{Vector, map_2};
@@ -220,13 +220,23 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
-    unsafe fn cell_node(self, cells: &Cells) -> [uint32x4_t; 4] {
+    unsafe fn cell_node<const SIGNED: bool>(self, cells: CellWords) -> [uint32x4_t; 4] {
         unsafe {
             map_4!(self.0, |quarter| {
-                let mut lanes = [0.0; 4];
-                vst1q_f32(lanes.as_mut_ptr(), quarter);
-                let nodes = map_4!(lanes, |number| cells.node(number));
-                vld1q_u32(nodes.as_ptr())
+                let ordered = if SIGNED {
+                    let bits = vreinterpretq_s32_f32(quarter);
+                    let inverted = vandq_s32(vshrq_n_s32::<31>(bits), vdupq_n_s32(i32::MAX));
+                    veorq_s32(bits, inverted)
+                } else {
+                    vreinterpretq_s32_f32(vmaxq_f32(quarter, vdupq_n_f32(0.0)))
+                };
+                let shift = vdupq_n_s32(-low_bits(SIGNED).cast_signed());
+                let mut lanes = [0; 4];
+                vst1q_s32(lanes.as_mut_ptr(), vshlq_s32(ordered, shift));
+                let words = map_4!(lanes, |cell| *cells.0.offset(cell as isize));
+                let low = vdupq_n_u32((1 << low_bits(SIGNED)) - 1);
+                let low = vandq_u32(vreinterpretq_u32_s32(ordered), low);
+                vshlq_u32(vaddq_u32(vld1q_u32(words.as_ptr()), low), shift)
             })
         }
     }

@@ -1,7 +1,7 @@
 //! What the SIMD algorithms need from an instruction set.
 #![allow(unsafe_code)]
 
-use super::cells::Cells;
+use super::cells::CellWords;
 use super::search::Search;
 use crate::Element;
 
@@ -23,6 +23,23 @@ macro_rules! map_2 {
     }};
 }
 pub(crate) use map_2;
+
+/// The values of 256 codes.
+#[repr(align(64))]
+pub(crate) struct ByteMap {
+    pub(crate) values: [f32; 256],
+    /// The first, second, third and fourth bytes of the values, as x86 has them in memory.
+    pub(crate) bytes: [[u8; 256]; 4],
+}
+
+impl ByteMap {
+    pub(crate) fn new(values: &[f32; 256]) -> Self {
+        Self {
+            values: *values,
+            bytes: std::array::from_fn(|byte| values.map(|value| value.to_le_bytes()[byte])),
+        }
+    }
+}
 
 /// Sixteen single-precision numbers, in as many registers as they take.
 ///
@@ -84,9 +101,10 @@ pub(crate) trait Vector: Copy {
         unsafe { descend_4(self, search) }
     }
 
-    /// Node `256 + rank` of every lane. The numbers are from -1 to 1, give or take a rounding; where
-    /// no cells are of negative numbers, those below 0 and NaN are taken for 0.
-    unsafe fn cell_node(self, cells: &Cells) -> Self::Index;
+    /// Node `256 + rank` of every lane by the cells of the signed map, or of the unsigned one. The
+    /// numbers are from -1 to 1, give or take a rounding; for the unsigned map those below 0 are
+    /// taken for 0.
+    unsafe fn cell_node<const SIGNED: bool>(self, cells: CellWords) -> Self::Index;
     /// The node, but at least 257 where the number is above 0.
     unsafe fn keep_from_zero(node: Self::Index, number: Self) -> Self::Index;
 
@@ -101,6 +119,25 @@ pub(crate) trait Vector: Copy {
     unsafe fn unpack_bytes(source: *const u8) -> [Self::Index; 2];
     /// `values[index]`.
     unsafe fn gather(values: &[f32; 256], index: Self::Index) -> Self;
+
+    /// The values of 64 codes in memory: two groups.
+    #[inline(always)]
+    unsafe fn values_of(map: &ByteMap, codes: *const u8) -> [[Self; 2]; 2] {
+        // SAFETY: the caller's promises are the same; 64 codes are two groups.
+        unsafe {
+            map_2!([0, 32], |first| {
+                map_2!(Self::unpack_bytes(codes.add(first)), |codes| {
+                    Self::gather(&map.values, codes)
+                })
+            })
+        }
+    }
+    /// The same, on a processor that has AVX-512 VBMI too, if it is of that kind.
+    #[inline(always)]
+    unsafe fn values_by_bytes(map: &ByteMap, codes: *const u8) -> [[Self; 2]; 2] {
+        // SAFETY: the caller's promises are the same.
+        unsafe { Self::values_of(map, codes) }
+    }
 
     /// `values[code] * scale` for the first 16 codes, each rounded once to single precision and
     /// once to `T`.

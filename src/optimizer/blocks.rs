@@ -9,38 +9,64 @@ use super::task::Blocks;
 use crate::blockwise::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::blockwise::{Avx2, Avx512};
-use crate::blockwise::{Cells, Kind, Vector, encode_block, map_2, normaliser};
+use crate::blockwise::{ByteMap, CellWords, Cells, Kind, Vector, encode_block, map_2, normaliser};
 use crate::{Backend, Codebook, Element};
 
 /// Elements of a block.
 const BLOCK: usize = STATE_BLOCK_SIZE.get();
-/// Groups of a block.
-const GROUPS: usize = BLOCK / 32;
-/// Blocks that are updated before the first is encoded, so that no block waits for its scale.
-const BATCH: usize = 4;
+/// Elements at a time: two groups.
+const STRIDE: usize = 64;
+const STRIDES: usize = BLOCK / STRIDE;
 /// Elements ahead of those at work that are asked for: the hardware alone does not look far enough.
 const AHEAD: usize = 512;
 
 /// A backend other than the scalar one, and the maps with the ways to search them.
 pub(super) struct Simd {
     backend: Backend,
+    /// Of a processor with AVX-512, whether it has VBMI too.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    by_bytes: bool,
     maps: Maps,
 }
 
 struct Maps {
-    signed: (&'static Codebook, &'static Cells),
-    unsigned: (&'static Codebook, &'static Cells),
+    signed: Map,
+    unsigned: Map,
+}
+
+struct Map {
+    codebook: &'static Codebook,
+    values: ByteMap,
+    cells: &'static Cells,
+}
+
+impl Map {
+    fn new(codebook: &'static Codebook) -> Option<Self> {
+        Some(Self {
+            codebook,
+            values: ByteMap::new(codebook.values()),
+            cells: Cells::of(codebook)?,
+        })
+    }
 }
 
 impl Simd {
     /// None for the scalar backend.
     pub(super) fn new(backend: Backend) -> Option<Self> {
-        let with_cells = |map| Some((map, Cells::of(map)?));
-        (backend != Backend::SCALAR).then_some(Self {
+        if backend == Backend::SCALAR {
+            return None;
+        }
+        #[cfg(target_arch = "x86_64")]
+        let by_bytes =
+            is_x86_feature_detected!("avx512vbmi") && std::env::var_os("NOVBMI").is_none();
+        #[cfg(not(target_arch = "x86_64"))]
+        let by_bytes = false;
+        Some(Self {
             backend,
+            by_bytes,
             maps: Maps {
-                signed: with_cells(Codebook::dynamic_signed())?,
-                unsigned: with_cells(Codebook::dynamic_unsigned())?,
+                signed: Map::new(Codebook::dynamic_signed())?,
+                unsigned: Map::new(Codebook::dynamic_unsigned())?,
             },
         })
     }
@@ -58,13 +84,18 @@ impl Simd {
         state: Blocks<'_>,
     ) {
         let maps = &self.maps;
-        // SAFETY: a `Backend` exists only where the processor has its features.
+        // SAFETY: a `Backend` exists only where the processor has its features, and the processor
+        // was asked for VBMI.
         unsafe {
             match self.backend.kind() {
                 // `new` makes none of it.
                 Kind::Scalar => {}
                 #[cfg(target_arch = "x86_64")]
                 Kind::Avx2 => avx2(maps, constants, values, gradient, state),
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx512 if self.by_bytes => {
+                    avx512_vbmi(maps, constants, values, gradient, state);
+                }
                 #[cfg(target_arch = "x86_64")]
                 Kind::Avx512 => avx512(maps, constants, values, gradient, state),
                 #[cfg(target_arch = "aarch64")]
@@ -75,7 +106,7 @@ impl Simd {
 }
 
 macro_rules! version {
-    ($name:ident, $vector:ident, $features:literal) => {
+    ($name:ident, $vector:ident, $features:literal, by_bytes: $by_bytes:literal) => {
         #[target_feature(enable = $features)]
         fn $name<T: Element>(
             maps: &Maps,
@@ -85,139 +116,209 @@ macro_rules! version {
             state: Blocks<'_>,
         ) {
             // SAFETY: this function has the features of the vector type.
-            unsafe { update_blocks::<$vector, T>(maps, constants, values, gradient, state) }
+            unsafe {
+                update_blocks::<$vector, T, $by_bytes>(maps, constants, values, gradient, state);
+            }
         }
     };
 }
 #[cfg(target_arch = "x86_64")]
-version!(
-    avx512,
-    Avx512,
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c"
-);
+version!(avx512_vbmi, Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,f16c", by_bytes: true);
 #[cfg(target_arch = "x86_64")]
-version!(avx2, Avx2, "avx2,f16c");
+version!(avx512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c", by_bytes: false);
+#[cfg(target_arch = "x86_64")]
+version!(avx2, Avx2, "avx2,f16c", by_bytes: false);
 #[cfg(target_arch = "aarch64")]
-version!(neon, Neon, "neon");
+version!(neon, Neon, "neon", by_bytes: false);
 
-/// Both moments of a batch, in registers' order.
-type Moments<V> = [[[V; 2]; GROUPS]; BATCH];
+/// Moments of a block, in registers' order.
+type Moments<V> = [[[V; 2]; 2]; STRIDES];
+
+/// A block that was updated and is encoded while the next one is updated: the ones wait for
+/// divisions and the others for look-ups.
+struct Updated<'a, V> {
+    m_codes: &'a mut [u8],
+    v_codes: &'a mut [u8],
+    /// The reciprocals of the scales; none where a scale is so small or large that the block is
+    /// encoded by the scalar code.
+    inverses: Option<[V; 2]>,
+    scales: [f32; 2],
+}
 
 /// # Safety
-/// The processor must have the features of `V`.
+/// The processor must have the features of `V`, and AVX-512 VBMI with `BY_BYTES`.
 #[inline(always)]
-unsafe fn update_blocks<V: Vector, T: Element>(
+unsafe fn update_blocks<V: Vector, T: Element, const BY_BYTES: bool>(
     maps: &Maps,
     constants: &Constants,
     values: &mut [T],
     gradient: &[T],
-    mut state: Blocks<'_>,
+    state: Blocks<'_>,
 ) {
-    // SAFETY: the caller answers for the features of `V`; `chunks_exact` for the lengths of what
-    // the pointers point to; any address may be prefetched.
+    // SAFETY: the caller answers for the features; `chunks_exact` for the lengths of what the
+    // pointers point to; any address may be prefetched.
     unsafe {
-        let zero = [[[V::splat(0.0); 2]; GROUPS]; BATCH];
-        let (mut m_batch, mut v_batch): (Moments<V>, Moments<V>) = (zero, zero);
+        let zero = [[[V::splat(0.0); 2]; 2]; STRIDES];
+        // Of the block at work and of the one before.
+        let (mut first, mut second): ([Moments<V>; 2], [Moments<V>; 2]) = ([zero; 2], [zero; 2]);
+        let (mut now, mut earlier) = (&mut first, &mut second);
+        let mut before: Option<Updated<'_, V>> = None;
         let splats = Splats::<V>::new(constants);
-        let batches = values
-            .chunks_mut(BATCH * BLOCK)
-            .zip(gradient.chunks(BATCH * BLOCK));
-        for (values, gradient) in batches {
-            let state = state.take_front(values.len());
-            let blocks = (values
+        let (signed, unsigned) = (maps.signed.cells.middle(), maps.unsigned.cells.middle());
+        let blocks = (values
+            .chunks_exact_mut(BLOCK)
+            .zip(gradient.chunks_exact(BLOCK)))
+        .zip(
+            state
+                .m
                 .chunks_exact_mut(BLOCK)
-                .zip(gradient.chunks_exact(BLOCK)))
-            .zip(state.m.chunks_exact(BLOCK).zip(state.v.chunks_exact(BLOCK)))
-            .zip(state.m_absmax.iter_mut().zip(&mut *state.v_absmax))
-            .zip(m_batch.iter_mut().zip(&mut v_batch));
-            for ((((p, g), (m, v)), (m_absmax, v_absmax)), (m_block, v_block)) in blocks {
-                let scales = [V::splat(*m_absmax), V::splat(*v_absmax)];
-                let (mut m_largest, mut v_largest) = (V::no_magnitudes(), V::no_magnitudes());
-                for group in 0..GROUPS {
-                    let at = 32 * group;
-                    let (p, g) = (p.as_mut_ptr().add(at), g.as_ptr().add(at));
-                    let (m, v) = (m.as_ptr().add(at), v.as_ptr().add(at));
-                    for line in 0..size_of::<T>() / 2 {
-                        let ahead = AHEAD + 32 / (size_of::<T>() / 2) * line;
-                        V::prefetch(p.wrapping_add(ahead).cast());
-                        V::prefetch(g.wrapping_add(ahead).cast());
-                    }
-                    if group.is_multiple_of(2) {
-                        V::prefetch(m.wrapping_add(AHEAD));
-                        V::prefetch(v.wrapping_add(AHEAD));
-                    }
-                    let m = map_2!(V::unpack_bytes(m), |codes| {
-                        V::gather(maps.signed.0.values(), codes).multiply(scales[0])
-                    });
-                    let v = map_2!(V::unpack_bytes(v), |codes| {
-                        V::gather(maps.unsigned.0.values(), codes).multiply(scales[1])
-                    });
-                    let (old, g) = (V::load(p.cast_const()), V::load(g));
-                    let updated = map_2!([0, 1], |half| splats
-                        .update(old[half], g[half], m[half], v[half]));
+                .zip(state.v.chunks_exact_mut(BLOCK)),
+        )
+        .zip(state.m_absmax.iter_mut().zip(state.v_absmax));
+        for (((p, g), (m_codes, v_codes)), (m_absmax, v_absmax)) in blocks {
+            let ([m_now, v_now], [m_before, v_before]) = (&mut *now, &*earlier);
+            let scales = [V::splat(*m_absmax), V::splat(*v_absmax)];
+            let (mut m_largest, mut v_largest) = (V::no_magnitudes(), V::no_magnitudes());
+            for stride in 0..STRIDES {
+                let at = STRIDE * stride;
+                let (p, g) = (p.as_mut_ptr().add(at), g.as_ptr().add(at));
+                let (m, v) = (m_codes.as_ptr().add(at), v_codes.as_ptr().add(at));
+                for line in 0..size_of::<T>() {
+                    let ahead = AHEAD + STRIDE / size_of::<T>() * line;
+                    V::prefetch(p.wrapping_add(ahead).cast());
+                    V::prefetch(g.wrapping_add(ahead).cast());
+                }
+                V::prefetch(m.wrapping_add(AHEAD));
+                V::prefetch(v.wrapping_add(AHEAD));
+                let (m, v) = if BY_BYTES {
+                    (
+                        V::values_by_bytes(&maps.signed.values, m),
+                        V::values_by_bytes(&maps.unsigned.values, v),
+                    )
+                } else {
+                    (
+                        V::values_of(&maps.signed.values, m),
+                        V::values_of(&maps.unsigned.values, v),
+                    )
+                };
+                for group in 0..2 {
+                    let (p, g) = (p.add(32 * group), V::load(g.add(32 * group)));
+                    let old = V::load(p.cast_const());
+                    let updated = map_2!([0, 1], |half| splats.update(
+                        old[half],
+                        g[half],
+                        m[group][half].multiply(scales[0]),
+                        v[group][half].multiply(scales[1])
+                    ));
                     V::store(map_2!(updated, |[p, _, _]| p), p);
                     let m = map_2!(updated, |[_, m, _]| m);
                     let v = map_2!(updated, |[_, _, v]| v);
                     m_largest = V::larger_of(V::larger_of(m_largest, m[0]), m[1]);
                     v_largest = V::larger_of(V::larger_of(v_largest, v[0]), v[1]);
-                    (m_block[group], v_block[group]) = (m, v);
+                    (m_now[stride][group], v_now[stride][group]) = (m, v);
                 }
-                *m_absmax = f32::from_bits(V::largest::<f32>(m_largest));
-                *v_absmax = f32::from_bits(V::largest::<f32>(v_largest));
+                if let Some(before) = &mut before
+                    && let Some(inverses) = before.inverses
+                {
+                    let (m, v) = (&m_before[stride], &v_before[stride]);
+                    let codes = &mut before.m_codes[at..at + STRIDE];
+                    encode::<V, true>(m, inverses[0], signed, codes);
+                    let codes = &mut before.v_codes[at..at + STRIDE];
+                    encode::<V, false>(v, inverses[1], unsigned, codes);
+                }
             }
-            let blocks = (state
-                .m
-                .chunks_exact_mut(BLOCK)
-                .zip(state.m_absmax)
-                .zip(&m_batch))
-            .zip(
-                state
-                    .v
-                    .chunks_exact_mut(BLOCK)
-                    .zip(state.v_absmax)
-                    .zip(&v_batch),
-            );
-            for (((m_codes, m_absmax), m), ((v_codes, v_absmax), v)) in blocks {
-                encode::<V, false>(m, *m_absmax, maps.signed, m_codes);
-                encode::<V, true>(v, *v_absmax, maps.unsigned, v_codes);
+            *m_absmax = f32::from_bits(V::largest::<f32>(m_largest));
+            *v_absmax = f32::from_bits(V::largest::<f32>(v_largest));
+            before = Some(Updated::new(m_codes, v_codes, [*m_absmax, *v_absmax]));
+            if let Some(before) = &mut before
+                && before.inverses.is_none()
+            {
+                before.encode_by_scalar(maps, m_now, v_now);
+            }
+            std::mem::swap(&mut now, &mut earlier);
+        }
+        if let Some(before) = &mut before
+            && let Some(inverses) = before.inverses
+        {
+            let [m, v] = earlier;
+            let codes = before.m_codes.chunks_exact_mut(STRIDE);
+            for (m, codes) in m.iter().zip(codes) {
+                encode::<V, true>(m, inverses[0], signed, codes);
+            }
+            let codes = before.v_codes.chunks_exact_mut(STRIDE);
+            for (v, codes) in v.iter().zip(codes) {
+                encode::<V, false>(v, inverses[1], unsigned, codes);
             }
         }
     }
 }
 
-/// Encodes a block; with `KEEP`, no number above 0 by the code of 0.
+impl<'a, V: Vector> Updated<'a, V> {
+    /// # Safety
+    /// As for all functions of [`Vector`].
+    #[inline(always)]
+    unsafe fn new(m_codes: &'a mut [u8], v_codes: &'a mut [u8], scales: [f32; 2]) -> Self {
+        let [(m_lift, m_inverse), (v_lift, v_inverse)] =
+            [normaliser(scales[0]), normaliser(scales[1])];
+        // Not finite is what no gradient makes of a state that was checked.
+        let plain = m_lift * v_lift == 1.0 && (scales[0] + scales[1]).is_finite();
+        Self {
+            m_codes,
+            v_codes,
+            // SAFETY: the caller's promises are the same.
+            inverses: plain.then_some(unsafe { [V::splat(m_inverse), V::splat(v_inverse)] }),
+            scales,
+        }
+    }
+
+    /// # Safety
+    /// As for all functions of [`Vector`].
+    #[inline(never)]
+    unsafe fn encode_by_scalar(&mut self, maps: &Maps, m: &Moments<V>, v: &Moments<V>) {
+        let (mut m_numbers, mut v_numbers) = ([0.0; BLOCK], [0.0; BLOCK]);
+        for (moments, numbers) in [(m, &mut m_numbers), (v, &mut v_numbers)] {
+            let groups = moments.iter().flatten();
+            for (group, target) in groups.zip(numbers.chunks_exact_mut(32)) {
+                // SAFETY: the caller answers for the features, `chunks_exact_mut` for the room.
+                unsafe { V::store(*group, target.as_mut_ptr()) };
+            }
+        }
+        encode_block(
+            &m_numbers,
+            self.scales[0],
+            maps.signed.codebook,
+            self.m_codes,
+        );
+        encode_block(
+            &v_numbers,
+            self.scales[1],
+            maps.unsigned.codebook,
+            self.v_codes,
+        );
+        super::arithmetic::keep_from_zero(Backend::SCALAR, &v_numbers, self.v_codes);
+    }
+}
+
+/// Encodes two groups of first moments, or of second ones: none that is above 0 by the code of 0.
 ///
 /// # Safety
-/// The processor must have the features of `V`; `codes` is a block's.
+/// The processor must have the features of `V`.
 #[inline(always)]
-unsafe fn encode<V: Vector, const KEEP: bool>(
-    block: &[[V; 2]; GROUPS],
-    scale: f32,
-    (map, cells): (&Codebook, &Cells),
+unsafe fn encode<V: Vector, const SIGNED: bool>(
+    groups: &[[V; 2]; 2],
+    inverse: V,
+    cells: CellWords,
     codes: &mut [u8],
 ) {
-    // SAFETY: the caller's promises are the same; `chunks_exact` answers for the lengths.
-    unsafe {
-        let (lift, inverse) = normaliser(scale);
-        if lift != 1.0 || !scale.is_finite() {
-            let mut numbers = [0.0; BLOCK];
-            for (group, target) in block.iter().zip(numbers.chunks_exact_mut(32)) {
-                V::store(*group, target.as_mut_ptr());
-            }
-            encode_block(&numbers, scale, map, codes);
-            if KEEP {
-                super::arithmetic::keep_from_zero(Backend::SCALAR, &numbers, codes);
-            }
-            return;
-        }
-        let inverse = V::splat(inverse);
-        for (group, codes) in block.iter().zip(codes.chunks_exact_mut(32)) {
+    for (group, codes) in groups.iter().zip(codes.chunks_exact_mut(32)) {
+        // SAFETY: the caller's promises are the same; `chunks_exact_mut` answers for the room.
+        unsafe {
             let nodes = map_2!(*group, |half| {
-                let node = half.multiply(inverse).cell_node(cells);
-                if KEEP {
-                    V::keep_from_zero(node, half)
-                } else {
+                let node = half.multiply(inverse).cell_node::<SIGNED>(cells);
+                if SIGNED {
                     node
+                } else {
+                    V::keep_from_zero(node, half)
                 }
             });
             V::pack_bytes(nodes, codes.as_mut_ptr());

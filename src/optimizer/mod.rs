@@ -26,15 +26,15 @@ mod arithmetic;
 mod blocks;
 mod floats;
 mod task;
+mod team;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use rayon::prelude::*;
+use std::sync::atomic::AtomicBool;
 
 use self::arithmetic::Constants;
 use self::floats::front_mut;
 pub use self::floats::{Floats, FloatsMut};
 use self::task::{Task, Tools};
+pub use self::team::Team;
 use crate::layout::check_length;
 use crate::{Backend, BlockSize, Error, Result};
 
@@ -46,6 +46,8 @@ const TASK_ELEMENTS: usize = 1 << 15;
 /// Elements up to which one thread takes a whole parameter: the gradient is read once more, to see
 /// whether it can be used before anything changes, and so many stay in the second-level cache.
 const MOST_ALONE: usize = 1 << 18;
+/// Elements up to which the calling thread does all of the work: it takes as long as waking others.
+const SMALL: usize = 1 << 16;
 /// Parts of the work for each thread, at least, so that the last one does not keep others waiting.
 const PARTS: usize = 8;
 const _: () = assert!(TASK_ELEMENTS.is_multiple_of(STATE_BLOCK_SIZE.get()));
@@ -106,7 +108,7 @@ pub enum State<'a> {
     },
 }
 
-/// Takes one step of every parameter, in parallel on the current rayon pool.
+/// Takes one step of every parameter, the team's threads sharing the work.
 ///
 /// A parameter whose gradient holds a NaN, an infinity or a number of 2^63 and more (its square
 /// overflows) is left as it is, state included. Returns the indices of those, ascending.
@@ -117,8 +119,12 @@ pub enum State<'a> {
 /// parameter and the state, for an 8-bit state whose scales are not finite. Nothing was then
 /// changed.
 /// [`Error::Backend`] as [`Backend::detect`].
-pub fn step(settings: &AdamW, parameters: Vec<Parameter<'_>>) -> Result<Vec<usize>> {
-    step_with(Backend::detect()?, settings, parameters)
+pub fn step(
+    team: &Team<'_>,
+    settings: &AdamW,
+    parameters: Vec<Parameter<'_>>,
+) -> Result<Vec<usize>> {
+    step_with(team, Backend::detect()?, settings, parameters)
 }
 
 /// [`step`] with the backend of your choice.
@@ -126,6 +132,7 @@ pub fn step(settings: &AdamW, parameters: Vec<Parameter<'_>>) -> Result<Vec<usiz
 /// # Errors
 /// As [`step`].
 pub fn step_with(
+    team: &Team<'_>,
     backend: Backend,
     settings: &AdamW,
     parameters: Vec<Parameter<'_>>,
@@ -136,49 +143,40 @@ pub fn step_with(
             .check()
             .map_err(|error| error.in_tensor(format!("parameter {index}")))?;
     }
-    // What a thread may take on its own without others waiting for it at the end.
     let elements: usize = parameters.iter().map(|one| one.values.len()).sum();
-    let share = elements / (PARTS * rayon::current_num_threads());
-    let alone = share.clamp(TASK_ELEMENTS, MOST_ALONE);
+    let team = if elements <= SMALL {
+        Team::ALONE
+    } else {
+        *team
+    };
+    // What a thread may take on its own without others waiting for it at the end.
+    let share = elements / (PARTS * team.threads());
+    let most_alone = share.clamp(TASK_ELEMENTS, MOST_ALONE);
 
     let usable: Vec<_> = parameters.iter().map(|_| AtomicBool::new(true)).collect();
-    check_gradients(backend, &parameters, &usable, alone);
+    let mut gradients = Vec::new();
     let mut tasks = Vec::with_capacity(elements / TASK_ELEMENTS + parameters.len());
     for (parameter, usable) in parameters.into_iter().zip(&usable) {
         let constants = Constants::new(settings, parameter.step);
-        if parameter.values.len() <= alone {
-            tasks.push(parameter.into_task(constants, Some(usable)));
-        } else if usable.load(Ordering::Relaxed) {
-            parameter.cut(constants, &mut tasks);
+        if parameter.values.len() <= most_alone {
+            tasks.push(parameter.whole(constants, usable));
+        } else {
+            let pieces = parameter.gradient.pieces(TASK_ELEMENTS);
+            gradients.extend(pieces.map(|piece| (piece, usable)));
+            parameter.cut(constants, usable, &mut tasks);
         }
     }
     let tools = Tools::new(backend);
-    tasks.into_par_iter().for_each(|task| task.run(&tools));
+    team.in_turn(
+        gradients,
+        |(gradient, usable)| task::check(backend, gradient, usable),
+        tasks,
+        |task| task.run(&tools),
+    );
     let usable = usable.into_iter().map(AtomicBool::into_inner).enumerate();
     Ok(usable
         .filter_map(|(index, usable)| (!usable).then_some(index))
         .collect())
-}
-
-/// Marks the parameters of more than `alone` elements whose gradients cannot be used.
-fn check_gradients(
-    backend: Backend,
-    parameters: &[Parameter<'_>],
-    usable: &[AtomicBool],
-    alone: usize,
-) {
-    let mut pieces = Vec::new();
-    for (parameter, usable) in parameters.iter().zip(usable) {
-        if parameter.values.len() > alone {
-            let gradient = parameter.gradient.pieces(TASK_ELEMENTS);
-            pieces.extend(gradient.map(|piece| (piece, usable)));
-        }
-    }
-    pieces.into_par_iter().for_each(|(piece, usable)| {
-        if usable.load(Ordering::Relaxed) && !task::is_usable(backend, piece) {
-            usable.store(false, Ordering::Relaxed);
-        }
-    });
 }
 
 impl AdamW {
@@ -252,26 +250,28 @@ impl<'a> Parameter<'a> {
         }
     }
 
-    /// The whole step of the parameter.
-    fn into_task(self, constants: Constants, usable: Option<&'a AtomicBool>) -> Task<'a> {
+    /// The whole step of the parameter, its gradient still to be checked.
+    fn whole(self, constants: Constants, usable: &'a AtomicBool) -> Task<'a> {
         Task {
             constants,
             values: self.values,
             gradient: self.gradient,
             state: self.state,
             usable,
+            checked: false,
         }
     }
 
-    /// Cuts the parameter, whose gradient can be used, into the tasks of its step.
-    fn cut(mut self, constants: Constants, tasks: &mut Vec<Task<'a>>) {
+    /// Cuts the parameter into the tasks of its step, its gradient being checked before.
+    fn cut(mut self, constants: Constants, usable: &'a AtomicBool, tasks: &mut Vec<Task<'a>>) {
         while !self.values.is_empty() {
             tasks.push(Task {
                 constants,
                 values: self.values.take_front(TASK_ELEMENTS),
                 gradient: self.gradient.take_front(TASK_ELEMENTS),
                 state: self.state.take_front(TASK_ELEMENTS),
-                usable: None,
+                usable,
+                checked: true,
             });
         }
     }

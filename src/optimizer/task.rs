@@ -34,8 +34,14 @@ impl Tools {
     }
 }
 
-/// Whether all of a gradient can be used.
-pub(super) fn is_usable(backend: Backend, gradient: Floats<'_>) -> bool {
+/// Says so where a gradient, or a part of it, cannot be used.
+pub(super) fn check(backend: Backend, gradient: Floats<'_>, usable: &AtomicBool) {
+    if usable.load(Ordering::Relaxed) && !is_usable(backend, gradient) {
+        usable.store(false, Ordering::Relaxed);
+    }
+}
+
+fn is_usable(backend: Backend, gradient: Floats<'_>) -> bool {
     let below = |numbers: &[f32]| arithmetic::all_below(backend, numbers, GRADIENT_LIMIT);
     if let Floats::F32(numbers) = gradient {
         return numbers.chunks(PIECE).all(below);
@@ -54,18 +60,20 @@ pub(super) struct Task<'a> {
     pub(super) values: FloatsMut<'a>,
     pub(super) gradient: Floats<'a>,
     pub(super) state: State<'a>,
-    /// Where to say that the gradient cannot be used. Only of a task that is a whole parameter;
-    /// the gradients of others were looked at before.
-    pub(super) usable: Option<&'a AtomicBool>,
+    /// Whether all of the parameter's gradient can be used.
+    pub(super) usable: &'a AtomicBool,
+    /// Whether that is known. If not, the task is a whole parameter's.
+    pub(super) checked: bool,
 }
 
 impl Task<'_> {
     pub(super) fn run(self, tools: &Tools) {
         let (backend, constants) = (tools.backend, &self.constants);
-        if let Some(usable) = self.usable
-            && !is_usable(backend, self.gradient)
-        {
-            return usable.store(false, Ordering::Relaxed);
+        if !self.checked {
+            check(backend, self.gradient, self.usable);
+        }
+        if !self.usable.load(Ordering::Relaxed) {
+            return;
         }
         match self.state {
             State::Full {
