@@ -117,18 +117,18 @@ mod tests {
                 for (first, second) in [(0, 9), (9, 0), (1, 1), (300, 500)] {
                     let (done, sum) = (AtomicUsize::new(0), AtomicU64::new(0));
                     team.in_turn(
-                        (0..first).collect(),
-                        |_: usize| {
+                        (0..first).collect::<Vec<usize>>(),
+                        |_| {
                             done.fetch_add(1, Ordering::Relaxed);
                         },
-                        (0..second).collect(),
-                        |task: u64| {
+                        (0..second).collect::<Vec<u64>>(),
+                        |task| {
                             assert_eq!(done.load(Ordering::Relaxed), first);
                             sum.fetch_add(task, Ordering::Relaxed);
                         },
                     );
                     assert_eq!(done.into_inner(), first);
-                    assert_eq!(sum.into_inner(), (0..second).sum());
+                    assert_eq!(sum.into_inner(), (0..second).sum::<u64>());
                 }
             }
         }

@@ -42,9 +42,7 @@ def rows(median_seconds: Measure, *, small: bool = False) -> list[dict[str, obje
     return [row for tensors in (1, ADAPTERS) for row in _rows_of(elements, tensors, median_seconds)]
 
 
-def _rows_of(
-    elements: int, tensors: int, median_seconds: Measure
-) -> Iterator[dict[str, object]]:
+def _rows_of(elements: int, tensors: int, median_seconds: Measure) -> Iterator[dict[str, object]]:
     from bitsandbytes.optim import AdamW8bit
 
     shape = (elements // tensors,)
