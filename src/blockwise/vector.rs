@@ -29,6 +29,7 @@ pub(crate) use map_2;
 pub(crate) struct ByteMap {
     pub(crate) values: [f32; 256],
     /// The first, second, third and fourth bytes of the values, as x86 has them in memory.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(crate) bytes: [[u8; 256]; 4],
 }
 

@@ -16,6 +16,14 @@
 //! the signed dynamic map, `v` by the unsigned one, each to the nearest value, with one exception.
 //! The parameter is updated from `m` and `v` before they are rounded, as published.
 //!
+//! | file | what it holds |
+//! |---|---|
+//! | `arithmetic` | the constants, and the update of numbers |
+//! | `blocks` | the update of 8-bit state with SIMD: floor, and how far it is from it |
+//! | `task` | a part of a parameter, in whatever types |
+//! | `team` | threads that share tasks |
+//! | `floats` | slices of any type |
+//!
 //! The exception: a `v` that is not zero never takes the code of zero (code 0) but the next one,
 //! `3.25e-7` of its block's largest. Nearest, it would become 0 below half of that, where the `m`
 //! of the same element, some `4e-4` of its block's largest, is kept; and as soon as its gradient

@@ -11,6 +11,9 @@ use crate::{Backend, Codebook};
 
 /// Elements that are widened, updated and narrowed while they stay in the first-level cache.
 pub(super) const PIECE: usize = 1024;
+/// Places at which one thread reads a gradient at the same time, and elements at each in turn.
+const STREAMS: usize = 4;
+const STREAM_PIECE: usize = 256;
 const BLOCK: usize = STATE_BLOCK_SIZE.get();
 const _: () = assert!(PIECE.is_multiple_of(BLOCK));
 
@@ -44,7 +47,14 @@ pub(super) fn check(backend: Backend, gradient: Floats<'_>, usable: &AtomicBool)
 fn is_usable(backend: Backend, gradient: Floats<'_>) -> bool {
     let below = |numbers: &[f32]| arithmetic::all_below(backend, numbers, GRADIENT_LIMIT);
     if let Floats::F32(numbers) = gradient {
-        return numbers.chunks(PIECE).all(below);
+        // Of several places in turns: the hardware looks ahead in each.
+        let places = numbers.len().div_ceil(STREAMS).max(1);
+        return (0..places).step_by(STREAM_PIECE).all(|first| {
+            numbers.chunks(places).all(|place| {
+                let last = place.len().min(first + STREAM_PIECE);
+                place.get(first..last).is_none_or(below)
+            })
+        });
     }
     let mut buffer = [0.0; PIECE];
     gradient.pieces(PIECE).all(|piece| {
