@@ -3,6 +3,7 @@
 
 use std::arch::x86_64::*;
 
+use super::cells::{CellWords, low_bits};
 use super::search::Search;
 use super::task::entry_points;
 use super::vector::{Vector, map_2};
@@ -13,7 +14,7 @@ entry_points!(Avx2, "avx2,f16c");
 
 /// Two registers of eight numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2([__m256; 2]);
+pub(crate) struct Avx2([__m256; 2]);
 
 // SAFETY (of the whole implementation): callers guarantee the features, as the trait says; loads
 // and stores are the unaligned ones, but for streamed stores, whose alignment the trait asks for.
@@ -94,6 +95,41 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe {
+            Self(map_2!([0, 1], |half| _mm256_add_ps(
+                self.0[half],
+                other.0[half]
+            )))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract(self, other: Self) -> Self {
+        unsafe {
+            Self(map_2!([0, 1], |half| _mm256_sub_ps(
+                self.0[half],
+                other.0[half]
+            )))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn divide(self, divisor: Self) -> Self {
+        unsafe {
+            Self(map_2!([0, 1], |half| _mm256_div_ps(
+                self.0[half],
+                divisor.0[half]
+            )))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn square_root(self) -> Self {
+        unsafe { Self(map_2!([0, 1], |half| _mm256_sqrt_ps(self.0[half]))) }
+    }
+
+    #[inline(always)]
     unsafe fn no_magnitudes() -> __m256i {
         unsafe { _mm256_setzero_si256() }
     }
@@ -113,6 +149,17 @@ impl Vector for Avx2 {
                 };
             }
             so_far
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn larger_of(so_far: __m256i, numbers: Self) -> __m256i {
+        unsafe {
+            let [first, second] = map_2!(numbers.0, |half| _mm256_and_si256(
+                _mm256_castps_si256(half),
+                _mm256_set1_epi32(i32::MAX)
+            ));
+            _mm256_max_epu32(so_far, _mm256_max_epu32(first, second))
         }
     }
 
@@ -156,6 +203,38 @@ impl Vector for Avx2 {
                 let greater = _mm256_cmp_ps::<_CMP_GT_OQ>(self.0[half], midpoint);
                 // True is -1.
                 _mm256_sub_epi32(_mm256_add_epi32(node, node), _mm256_castps_si256(greater))
+            })
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn cell_node<const SIGNED: bool>(self, cells: CellWords) -> [__m256i; 2] {
+        unsafe {
+            let count = _mm_cvtsi32_si128(low_bits(SIGNED).cast_signed());
+            let mask = _mm256_set1_epi32((1 << low_bits(SIGNED)) - 1);
+            map_2!(self.0, |half| {
+                let ordered = if !SIGNED {
+                    _mm256_castps_si256(_mm256_max_ps(half, _mm256_setzero_ps()))
+                } else {
+                    let bits = _mm256_castps_si256(half);
+                    let inverted = _mm256_srli_epi32::<1>(_mm256_srai_epi32::<31>(bits));
+                    _mm256_xor_si256(bits, inverted)
+                };
+                let cell = _mm256_sra_epi32(ordered, count);
+                let word = _mm256_i32gather_epi32::<4>(cells.0.cast(), cell);
+                let low = _mm256_and_si256(ordered, mask);
+                _mm256_srl_epi32(_mm256_add_epi32(word, low), count)
+            })
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn keep_from_zero(node: [__m256i; 2], number: Self) -> [__m256i; 2] {
+        unsafe {
+            map_2!([0, 1], |half| {
+                let above = _mm256_cmp_ps::<_CMP_GT_OQ>(number.0[half], _mm256_setzero_ps());
+                let least = _mm256_and_si256(_mm256_castps_si256(above), _mm256_set1_epi32(257));
+                _mm256_max_epu32(node[half], least)
             })
         }
     }

@@ -4,9 +4,10 @@
 use std::arch::x86_64::*;
 
 use super::avx2;
+use super::cells::{CellWords, low_bits};
 use super::search::{Bins, Search};
 use super::task::entry_points;
-use super::vector::{Vector, descend_4};
+use super::vector::{ByteMap, Vector, descend_4, map_2};
 use crate::Element;
 use crate::element::Dtype;
 
@@ -14,7 +15,7 @@ entry_points!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c");
 
 /// One register of sixteen numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(crate) struct Avx512(__m512);
 
 // SAFETY (of the whole implementation): callers guarantee the features, as the trait says; loads
 // and stores are the unaligned ones, but for streamed stores, whose alignment the trait asks for.
@@ -84,6 +85,26 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract(self, other: Self) -> Self {
+        unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn divide(self, divisor: Self) -> Self {
+        unsafe { Self(_mm512_div_ps(self.0, divisor.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn square_root(self) -> Self {
+        unsafe { Self(_mm512_sqrt_ps(self.0)) }
+    }
+
+    #[inline(always)]
     unsafe fn no_magnitudes() -> __m512i {
         unsafe { _mm512_setzero_si512() }
     }
@@ -101,6 +122,14 @@ impl Vector for Avx512 {
                 let magnitude = _mm512_set1_epi16(i16::MAX);
                 _mm512_max_epu16(so_far, _mm512_and_si512(bits, magnitude))
             }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn larger_of(so_far: __m512i, numbers: Self) -> __m512i {
+        unsafe {
+            let bits = _mm512_castps_si512(numbers.0);
+            _mm512_max_epu32(so_far, _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX)))
         }
     }
 
@@ -174,6 +203,36 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn cell_node<const SIGNED: bool>(self, cells: CellWords) -> __m512i {
+        unsafe {
+            let mask = _mm512_set1_epi32((1 << low_bits(SIGNED)) - 1);
+            let ordered = if !SIGNED {
+                _mm512_castps_si512(_mm512_max_ps(self.0, _mm512_setzero_ps()))
+            } else {
+                let bits = _mm512_castps_si512(self.0);
+                _mm512_ternarylogic_epi32::<XOR_AND>(
+                    bits,
+                    _mm512_srai_epi32::<31>(bits),
+                    _mm512_set1_epi32(i32::MAX),
+                )
+            };
+            let count = _mm512_set1_epi32(low_bits(SIGNED).cast_signed());
+            let cell = _mm512_srav_epi32(ordered, count);
+            let word = _mm512_i32gather_epi32::<4>(cell, cells.0.cast());
+            let low = _mm512_and_si512(ordered, mask);
+            _mm512_srlv_epi32(_mm512_add_epi32(word, low), count)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn keep_from_zero(node: __m512i, number: Self) -> __m512i {
+        unsafe {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(number.0, _mm512_setzero_ps());
+            _mm512_mask_max_epu32(node, above, node, _mm512_set1_epi32(257))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn recode(node: __m512i, codes: &[u8; 256]) -> __m512i {
         unsafe {
             let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
@@ -219,6 +278,30 @@ impl Vector for Avx512 {
     #[inline(always)]
     unsafe fn gather(values: &[f32; 256], index: __m512i) -> Self {
         unsafe { Self(_mm512_i32gather_ps::<4>(index, values.as_ptr())) }
+    }
+
+    #[inline(always)]
+    unsafe fn values_by_bytes(map: &ByteMap, codes: *const u8) -> [[Self; 2]; 2] {
+        unsafe {
+            // Such that bytes of one number come to lie side by side below, even ones first.
+            let order = _mm512_loadu_si512(GROUPS_BY_LANES.as_ptr().cast());
+            let codes = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(codes.cast()));
+            let [a, b, c, d] = &map.bytes;
+            let (a, b) = (among_bytes(a, codes), among_bytes(b, codes));
+            let (c, d) = (among_bytes(c, codes), among_bytes(d, codes));
+            let low = [_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)];
+            let high = [_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d)];
+            map_2!([0, 1], |group| [
+                Self(_mm512_castsi512_ps(_mm512_unpacklo_epi16(
+                    low[group],
+                    high[group]
+                ))),
+                Self(_mm512_castsi512_ps(_mm512_unpackhi_epi16(
+                    low[group],
+                    high[group]
+                ))),
+            ])
+        }
     }
 
     #[inline(always)]
@@ -275,12 +358,27 @@ impl Vector for Avx512 {
     }
 }
 
+/// Which of 64 elements comes where, so that interleaving bytes twice within the quarters of a
+/// register gives even and odd numbers of two groups.
+const GROUPS_BY_LANES: [u8; 64] = {
+    let mut order = [0; 64];
+    let mut place = 0;
+    while place < 64 {
+        let (quarter, vector, number) = (place / 16, place / 4 % 4, place % 4);
+        order[place] = (32 * (vector / 2) + 2 * (4 * quarter + number) + vector % 2) as u8;
+        place += 1;
+    }
+    order
+};
+
 /// The bits of a lane that are a `bf16` at an odd place.
 const HIGH_HALF: i32 = 0xffff_0000_u32.cast_signed();
 /// 2^23: from here to 2^24 single precision holds whole numbers and nothing else.
 const WHOLE_NUMBERS: f32 = (1 << 23) as f32;
 /// The truth table of `a ^ b ^ c`.
 const XOR3: i32 = 0x96;
+/// The truth table of `a ^ (b & c)`.
+const XOR_AND: i32 = 0x78;
 
 /// Sixteen nodes of the tree.
 ///
@@ -310,6 +408,28 @@ unsafe fn among_64(tree: &[f32; 256], first: usize, node: __m512i) -> __m512 {
             among_32(tree, first + 32, node),
         );
         _mm512_mask_blend_ps(upper, low, high)
+    }
+}
+
+/// `bytes[code]` of 64 codes.
+///
+/// # Safety
+/// Needs AVX-512 VBMI too.
+#[inline(always)]
+unsafe fn among_bytes(bytes: &[u8; 256], codes: __m512i) -> __m512i {
+    // SAFETY: the caller guarantees the feature; 256 bytes are four registers.
+    unsafe {
+        let table: *const __m512i = bytes.as_ptr().cast();
+        // A look-up takes the low six bits of a code; the other two choose among four.
+        let bit_7 = _mm512_movepi8_mask(codes);
+        let bit_6 = _mm512_movepi8_mask(_mm512_add_epi8(codes, codes));
+        let found = _mm512_permutexvar_epi8(codes, _mm512_loadu_si512(table));
+        let table_1 = _mm512_loadu_si512(table.add(1));
+        let found = _mm512_mask_permutexvar_epi8(found, bit_6 & !bit_7, codes, table_1);
+        let table_2 = _mm512_loadu_si512(table.add(2));
+        let found = _mm512_mask_permutexvar_epi8(found, bit_7 & !bit_6, codes, table_2);
+        let table_3 = _mm512_loadu_si512(table.add(3));
+        _mm512_mask_permutexvar_epi8(found, bit_6 & bit_7, codes, table_3)
     }
 }
 

@@ -169,6 +169,14 @@ unsafe fn encode_block<V: Vector, T: Element, const BITS: usize>(
 unsafe fn byte_node<V: Vector>(numbers: V, search: &Search) -> V::Index {
     // SAFETY: the caller answers for the features of `V`.
     unsafe {
+        if let Some(cells) = search.cells {
+            let words = cells.middle();
+            return if cells.is_signed() {
+                numbers.cell_node::<true>(words)
+            } else {
+                numbers.cell_node::<false>(words)
+            };
+        }
         let node = descend_4(numbers, search);
         let node = numbers.descend::<16>(search, node);
         let node = numbers.descend::<32>(search, node);

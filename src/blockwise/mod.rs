@@ -11,6 +11,7 @@
 //! | `generic` | the same, 32 elements at a time, over the trait in `vector` |
 //! | `avx2`, `avx512`, `neon` | that trait, and the code instantiated with it |
 //! | `search` | a codebook made ready for it |
+//! | `cells` | the 8-bit dynamic maps made ready for it |
 //! | `backend` | which of them runs |
 //!
 //! Codes are packed high bits first: the first of two 4-bit codes is in the high nibble.
@@ -20,6 +21,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod backend;
+mod cells;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod generic;
 #[cfg(target_arch = "aarch64")]
@@ -34,7 +36,15 @@ use rayon::prelude::*;
 
 pub use self::backend::Backend;
 pub(crate) use self::backend::Kind;
+pub(crate) use self::cells::{CellWords, Cells};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use self::neon::Neon;
+pub(crate) use self::scalar::{encode_block, normaliser};
 use self::search::Search;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) use self::vector::{ByteMap, Vector, map_2};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use self::{avx2::Avx2, avx512::Avx512};
 use crate::layout::{Layout, check_length};
 use crate::{BlockSize, Codebook, Element, Error, Result, team};
 

@@ -4,6 +4,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use super::cells::{CellWords, low_bits};
 use super::search::Search;
 use super::task::entry_points;
 use super::vector::{Vector, map_2};
@@ -14,7 +15,7 @@ entry_points!(Neon, "neon");
 
 /// Four registers of four numbers.
 #[derive(Clone, Copy)]
-pub(super) struct Neon([float32x4_t; 4]);
+pub(crate) struct Neon([float32x4_t; 4]);
 
 const QUARTERS: [usize; 4] = [0, 1, 2, 3];
 
@@ -109,6 +110,41 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe {
+            Self(map_4!(QUARTERS, |quarter| vaddq_f32(
+                self.0[quarter],
+                other.0[quarter]
+            )))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract(self, other: Self) -> Self {
+        unsafe {
+            Self(map_4!(QUARTERS, |quarter| vsubq_f32(
+                self.0[quarter],
+                other.0[quarter]
+            )))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn divide(self, divisor: Self) -> Self {
+        unsafe {
+            Self(map_4!(QUARTERS, |quarter| vdivq_f32(
+                self.0[quarter],
+                divisor.0[quarter]
+            )))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn square_root(self) -> Self {
+        unsafe { Self(map_4!(QUARTERS, |quarter| vsqrtq_f32(self.0[quarter]))) }
+    }
+
+    #[inline(always)]
     unsafe fn no_magnitudes() -> uint32x4_t {
         unsafe { vdupq_n_u32(0) }
     }
@@ -128,6 +164,17 @@ impl Vector for Neon {
                 };
             }
             so_far
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn larger_of(so_far: uint32x4_t, numbers: Self) -> uint32x4_t {
+        unsafe {
+            let [a, b, c, d] = map_4!(numbers.0, |quarter| vreinterpretq_u32_f32(vabsq_f32(
+                quarter
+            )));
+            let all = vmaxq_u32(vmaxq_u32(a, b), vmaxq_u32(c, d));
+            vmaxq_u32(so_far, all)
         }
     }
 
@@ -168,6 +215,38 @@ impl Vector for Neon {
                 let child = vaddq_u32(node[quarter], node[quarter]);
                 // True is -1.
                 vsubq_u32(child, vcgtq_f32(self.0[quarter], midpoint.0[quarter]))
+            })
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn cell_node<const SIGNED: bool>(self, cells: CellWords) -> [uint32x4_t; 4] {
+        unsafe {
+            map_4!(self.0, |quarter| {
+                let ordered = if SIGNED {
+                    let bits = vreinterpretq_s32_f32(quarter);
+                    let inverted = vandq_s32(vshrq_n_s32::<31>(bits), vdupq_n_s32(i32::MAX));
+                    veorq_s32(bits, inverted)
+                } else {
+                    vreinterpretq_s32_f32(vmaxq_f32(quarter, vdupq_n_f32(0.0)))
+                };
+                let shift = vdupq_n_s32(-low_bits(SIGNED).cast_signed());
+                let mut lanes = [0; 4];
+                vst1q_s32(lanes.as_mut_ptr(), vshlq_s32(ordered, shift));
+                let words = map_4!(lanes, |cell| *cells.0.offset(cell as isize));
+                let low = vdupq_n_u32((1 << low_bits(SIGNED)) - 1);
+                let low = vandq_u32(vreinterpretq_u32_s32(ordered), low);
+                vshlq_u32(vaddq_u32(vld1q_u32(words.as_ptr()), low), shift)
+            })
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn keep_from_zero(node: [uint32x4_t; 4], number: Self) -> [uint32x4_t; 4] {
+        unsafe {
+            map_4!(QUARTERS, |quarter| {
+                let above = vcgtzq_f32(number.0[quarter]);
+                vmaxq_u32(node[quarter], vandq_u32(above, vdupq_n_u32(257)))
             })
         }
     }

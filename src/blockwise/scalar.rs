@@ -48,7 +48,7 @@ pub(super) fn block_absmax<T: Element>(block: &[T]) -> Result<f32, usize> {
 
 /// Encodes and packs one block, given its scale.
 #[inline(never)]
-pub(super) fn encode_block<T: Element>(
+pub(crate) fn encode_block<T: Element>(
     block: &[T],
     scale: f32,
     codebook: &Codebook,
@@ -72,7 +72,7 @@ pub(super) fn encode_block<T: Element>(
 ///
 /// A block of zeros has scale 0, and its elements stay zero. The reciprocal of a scale below
 /// 2^-128 would be infinite, so such a scale is lifted.
-pub(super) fn normaliser(scale: f32) -> (f32, f32) {
+pub(crate) fn normaliser(scale: f32) -> (f32, f32) {
     if scale == 0.0 {
         return (1.0, 0.0);
     }

@@ -1,5 +1,6 @@
 //! A codebook made ready for the SIMD search of the nearest value.
 
+use super::cells::Cells;
 use crate::Codebook;
 use crate::codebook::Ties;
 
@@ -8,7 +9,7 @@ use crate::codebook::Ties;
 /// Node 1 is the root, `2n` and `2n + 1` are the children of `n`. A number that is greater than
 /// a node's midpoint goes to `2n + 1`. After `depth` levels the node is `2^depth` + rank.
 #[repr(align(64))]
-pub(super) struct Search {
+pub(crate) struct Search {
     /// Node 0 does not exist; ranks that the codebook does not have lie behind infinity.
     pub(super) tree: [f32; 256],
     /// The code of each rank.
@@ -16,6 +17,12 @@ pub(super) struct Search {
     /// A shorter way to ranks below 16, where the midpoints lie far enough apart.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) bins: Option<Bins>,
+    /// A shorter way to all ranks of the dynamic maps.
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        allow(dead_code)
+    )]
+    pub(crate) cells: Option<&'static Cells>,
     /// Codes are not simply ranks.
     pub(super) recode: bool,
     /// Simply 1. Where the compiler knows the number, it takes three AVX-512 instructions for
@@ -55,6 +62,7 @@ impl Search {
             tree,
             codes,
             bins: Bins::new(&midpoints),
+            cells: Cells::of(codebook),
             one: 1,
             recode: !codebook.code_of_rank().iter().copied().eq(0..=last_rank),
         }

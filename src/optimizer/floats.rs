@@ -37,19 +37,6 @@ macro_rules! with_slice {
     };
 }
 
-/// Cuts a slice into pieces of the same kind.
-macro_rules! chunks {
-    ($floats:expr, $size:expr, $chunks:ident) => {
-        match $floats {
-            Self::F32(slice) => {
-                Box::new(slice.$chunks($size).map(Self::F32)) as Box<dyn Iterator<Item = Self> + 'a>
-            }
-            Self::F16(slice) => Box::new(slice.$chunks($size).map(Self::F16)),
-            Self::Bf16(slice) => Box::new(slice.$chunks($size).map(Self::Bf16)),
-        }
-    };
-}
-
 impl<'a> Floats<'a> {
     /// How many there are.
     #[must_use]
@@ -63,9 +50,18 @@ impl<'a> Floats<'a> {
         self.len() == 0
     }
 
+    /// Takes the first ones off, all there are at most.
+    pub(super) fn take_front(&mut self, count: usize) -> Self {
+        match self {
+            Self::F32(slice) => Self::F32(front(slice, count)),
+            Self::F16(slice) => Self::F16(front(slice, count)),
+            Self::Bf16(slice) => Self::Bf16(front(slice, count)),
+        }
+    }
+
     /// Pieces of `size`, the last of which may be shorter.
-    pub(super) fn chunks(self, size: usize) -> impl Iterator<Item = Self> + 'a {
-        chunks!(self, size, chunks)
+    pub(super) fn pieces(mut self, size: usize) -> impl Iterator<Item = Self> + 'a {
+        std::iter::from_fn(move || (!self.is_empty()).then(|| self.take_front(size)))
     }
 
     /// Widens all into `target`, which is of the same length.
@@ -91,9 +87,18 @@ impl<'a> FloatsMut<'a> {
         self.len() == 0
     }
 
+    /// Takes the first ones off, all there are at most.
+    pub(super) fn take_front(&mut self, count: usize) -> Self {
+        match self {
+            Self::F32(slice) => Self::F32(front_mut(slice, count)),
+            Self::F16(slice) => Self::F16(front_mut(slice, count)),
+            Self::Bf16(slice) => Self::Bf16(front_mut(slice, count)),
+        }
+    }
+
     /// Pieces of `size`, the last of which may be shorter.
-    pub(super) fn chunks_mut(self, size: usize) -> impl Iterator<Item = Self> + 'a {
-        chunks!(self, size, chunks_mut)
+    pub(super) fn pieces(mut self, size: usize) -> impl Iterator<Item = Self> + 'a {
+        std::iter::from_fn(move || (!self.is_empty()).then(|| self.take_front(size)))
     }
 
     /// Widens all into `target`, which is of the same length.
@@ -114,4 +119,19 @@ impl<'a> FloatsMut<'a> {
             Self::Bf16(slice) => blockwise::convert(backend, source, slice),
         }
     }
+}
+
+/// Takes the first elements off a slice, all there are at most.
+pub(super) fn front<'a, T>(slice: &mut &'a [T], count: usize) -> &'a [T] {
+    let (front, rest) = slice.split_at(count.min(slice.len()));
+    *slice = rest;
+    front
+}
+
+/// [`front`] of a slice to be written.
+pub(super) fn front_mut<'a, T>(slice: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+    let all = std::mem::take(slice);
+    let (front, rest) = all.split_at_mut(count.min(all.len()));
+    *slice = rest;
+    front
 }

@@ -16,6 +16,14 @@
 //! the signed dynamic map, `v` by the unsigned one, each to the nearest value, with one exception.
 //! The parameter is updated from `m` and `v` before they are rounded, as published.
 //!
+//! | file | what it holds |
+//! |---|---|
+//! | `arithmetic` | the constants, and the update of numbers |
+//! | `blocks` | the update of 8-bit state with SIMD: floor, and how far it is from it |
+//! | `task` | a part of a parameter, in whatever types |
+//! | `team` | threads that share tasks |
+//! | `floats` | slices of any type |
+//!
 //! The exception: a `v` that is not zero never takes the code of zero (code 0) but the next one,
 //! `3.25e-7` of its block's largest. Nearest, it would become 0 below half of that, where the `m`
 //! of the same element, some `4e-4` of its block's largest, is kept; and as soon as its gradient
@@ -23,27 +31,34 @@
 //! test of ours reached 228 in place of 0.02). With the exception it moves less than it might.
 
 mod arithmetic;
+mod blocks;
 mod floats;
+mod task;
+mod team;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use rayon::prelude::*;
+use std::sync::atomic::AtomicBool;
 
 use self::arithmetic::Constants;
+use self::floats::front_mut;
 pub use self::floats::{Floats, FloatsMut};
-use crate::blockwise::Coder;
+use self::task::{Task, Tools};
+pub use self::team::Team;
 use crate::layout::check_length;
-use crate::{Backend, BlockSize, Codebook, Error, Result};
+use crate::{Backend, BlockSize, Error, Result};
 
 /// Elements that share a scale of the 8-bit state.
 pub const STATE_BLOCK_SIZE: BlockSize = crate::layout::NESTED_BLOCK_SIZE;
 
-/// Elements a thread takes at a time.
+/// Elements of a large parameter that a thread takes at a time.
 const TASK_ELEMENTS: usize = 1 << 15;
-/// Elements that are widened, updated and narrowed while they stay in the first-level cache.
-const PIECE: usize = 1024;
-const _: () =
-    assert!(TASK_ELEMENTS.is_multiple_of(PIECE) && PIECE.is_multiple_of(STATE_BLOCK_SIZE.get()));
+/// Elements up to which one thread takes a whole parameter: the gradient is read once more, to see
+/// whether it can be used before anything changes, and so many stay in the second-level cache.
+const MOST_ALONE: usize = 1 << 18;
+/// Elements up to which the calling thread does all of the work: it takes as long as waking others.
+const SMALL: usize = 1 << 16;
+/// Parts of the work for each thread, at least, so that the last one does not keep others waiting.
+const PARTS: usize = 8;
+const _: () = assert!(TASK_ELEMENTS.is_multiple_of(STATE_BLOCK_SIZE.get()));
 
 /// Gradients of this size and more overflow when squared, and count as not finite: 2^63.
 const GRADIENT_LIMIT: f32 = (1_u64 << 63) as f32;
@@ -101,7 +116,7 @@ pub enum State<'a> {
     },
 }
 
-/// Takes one step of every parameter, in parallel on the current rayon pool.
+/// Takes one step of every parameter, the team's threads sharing the work.
 ///
 /// A parameter whose gradient holds a NaN, an infinity or a number of 2^63 and more (its square
 /// overflows) is left as it is, state included. Returns the indices of those, ascending.
@@ -112,8 +127,12 @@ pub enum State<'a> {
 /// parameter and the state, for an 8-bit state whose scales are not finite. Nothing was then
 /// changed.
 /// [`Error::Backend`] as [`Backend::detect`].
-pub fn step(settings: &AdamW, parameters: Vec<Parameter<'_>>) -> Result<Vec<usize>> {
-    step_with(Backend::detect()?, settings, parameters)
+pub fn step(
+    team: &Team<'_>,
+    settings: &AdamW,
+    parameters: Vec<Parameter<'_>>,
+) -> Result<Vec<usize>> {
+    step_with(team, Backend::detect()?, settings, parameters)
 }
 
 /// [`step`] with the backend of your choice.
@@ -121,6 +140,7 @@ pub fn step(settings: &AdamW, parameters: Vec<Parameter<'_>>) -> Result<Vec<usiz
 /// # Errors
 /// As [`step`].
 pub fn step_with(
+    team: &Team<'_>,
     backend: Backend,
     settings: &AdamW,
     parameters: Vec<Parameter<'_>>,
@@ -131,50 +151,40 @@ pub fn step_with(
             .check()
             .map_err(|error| error.in_tensor(format!("parameter {index}")))?;
     }
-    let usable = usable_gradients(backend, &parameters);
-    let mut skipped = Vec::new();
-    let mut tasks = Vec::new();
-    for (index, (parameter, usable)) in parameters.into_iter().zip(usable).enumerate() {
-        if usable {
-            let constants = Constants::new(settings, parameter.step);
-            parameter.cut(&constants, &mut tasks);
-        } else {
-            skipped.push(index);
-        }
-    }
-    let coders = Coders {
-        backend,
-        exp_avg: Coder::new(backend, Codebook::dynamic_signed(), STATE_BLOCK_SIZE),
-        exp_avg_sq: Coder::new(backend, Codebook::dynamic_unsigned(), STATE_BLOCK_SIZE),
+    let elements: usize = parameters.iter().map(|one| one.values.len()).sum();
+    let team = if elements <= SMALL {
+        Team::ALONE
+    } else {
+        *team
     };
-    tasks.into_par_iter().for_each(|task| task.run(&coders));
-    Ok(skipped)
-}
+    // What a thread may take on its own without others waiting for it at the end.
+    let share = elements / (PARTS * team.threads());
+    let most_alone = share.clamp(TASK_ELEMENTS, MOST_ALONE);
 
-/// For each parameter, whether all of its gradient can be used.
-fn usable_gradients(backend: Backend, parameters: &[Parameter<'_>]) -> Vec<bool> {
     let usable: Vec<_> = parameters.iter().map(|_| AtomicBool::new(true)).collect();
-    let mut chunks = Vec::new();
-    for (parameter, usable) in parameters.iter().zip(&usable) {
-        chunks.extend(
-            parameter
-                .gradient
-                .chunks(TASK_ELEMENTS)
-                .map(|chunk| (chunk, usable)),
-        );
-    }
-    chunks.into_par_iter().for_each(|(chunk, usable)| {
-        let mut numbers = [0.0; PIECE];
-        for piece in chunk.chunks(PIECE) {
-            let numbers = &mut numbers[..piece.len()];
-            piece.read(backend, numbers);
-            if !arithmetic::all_below(backend, numbers, GRADIENT_LIMIT) {
-                usable.store(false, Ordering::Relaxed);
-                return;
-            }
+    let mut gradients = Vec::new();
+    let mut tasks = Vec::with_capacity(elements / TASK_ELEMENTS + parameters.len());
+    for (parameter, usable) in parameters.into_iter().zip(&usable) {
+        let constants = Constants::new(settings, parameter.step);
+        if parameter.values.len() <= most_alone {
+            tasks.push(parameter.whole(constants, usable));
+        } else {
+            let pieces = parameter.gradient.pieces(TASK_ELEMENTS);
+            gradients.extend(pieces.map(|piece| (piece, usable)));
+            parameter.cut(constants, usable, &mut tasks);
         }
-    });
-    usable.into_iter().map(AtomicBool::into_inner).collect()
+    }
+    let tools = Tools::new(backend);
+    team.in_turn(
+        gradients,
+        |(gradient, usable)| task::check(backend, gradient, usable),
+        tasks,
+        |task| task.run(&tools),
+    );
+    let usable = usable.into_iter().map(AtomicBool::into_inner).enumerate();
+    Ok(usable
+        .filter_map(|(index, usable)| (!usable).then_some(index))
+        .collect())
 }
 
 impl AdamW {
@@ -248,53 +258,57 @@ impl<'a> Parameter<'a> {
         }
     }
 
-    /// Cuts the parameter into the tasks of its step.
-    fn cut(self, constants: &Constants, tasks: &mut Vec<Task<'a>>) {
-        let values = self.values.chunks_mut(TASK_ELEMENTS);
-        let parts = values.zip(self.gradient.chunks(TASK_ELEMENTS));
-        let task = |(values, gradient), state| Task {
-            constants: *constants,
-            values,
-            gradient,
-            state,
-        };
-        match self.state {
-            State::Full {
+    /// The whole step of the parameter, its gradient still to be checked.
+    fn whole(self, constants: Constants, usable: &'a AtomicBool) -> Task<'a> {
+        Task {
+            constants,
+            values: self.values,
+            gradient: self.gradient,
+            state: self.state,
+            usable,
+            checked: false,
+        }
+    }
+
+    /// Cuts the parameter into the tasks of its step, its gradient being checked before.
+    fn cut(mut self, constants: Constants, usable: &'a AtomicBool, tasks: &mut Vec<Task<'a>>) {
+        while !self.values.is_empty() {
+            tasks.push(Task {
+                constants,
+                values: self.values.take_front(TASK_ELEMENTS),
+                gradient: self.gradient.take_front(TASK_ELEMENTS),
+                state: self.state.take_front(TASK_ELEMENTS),
+                usable,
+                checked: true,
+            });
+        }
+    }
+}
+
+impl State<'_> {
+    /// Takes the moments of the first elements off: whole blocks of them, or all there are.
+    fn take_front(&mut self, elements: usize) -> Self {
+        match self {
+            Self::Full {
                 exp_avg,
                 exp_avg_sq,
-            } => {
-                let states = exp_avg
-                    .chunks_mut(TASK_ELEMENTS)
-                    .zip(exp_avg_sq.chunks_mut(TASK_ELEMENTS))
-                    .map(|(exp_avg, exp_avg_sq)| State::Full {
-                        exp_avg,
-                        exp_avg_sq,
-                    });
-                tasks.extend(parts.zip(states).map(|(part, state)| task(part, state)));
-            }
-            State::Blockwise {
+            } => Self::Full {
+                exp_avg: front_mut(exp_avg, elements),
+                exp_avg_sq: front_mut(exp_avg_sq, elements),
+            },
+            Self::Blockwise {
                 exp_avg,
                 exp_avg_absmax,
                 exp_avg_sq,
                 exp_avg_sq_absmax,
             } => {
-                const BLOCKS: usize = TASK_ELEMENTS / STATE_BLOCK_SIZE.get();
-                let states = exp_avg
-                    .chunks_mut(TASK_ELEMENTS)
-                    .zip(exp_avg_absmax.chunks_mut(BLOCKS))
-                    .zip(exp_avg_sq.chunks_mut(TASK_ELEMENTS))
-                    .zip(exp_avg_sq_absmax.chunks_mut(BLOCKS))
-                    .map(
-                        |(((exp_avg, exp_avg_absmax), exp_avg_sq), exp_avg_sq_absmax)| {
-                            State::Blockwise {
-                                exp_avg,
-                                exp_avg_absmax,
-                                exp_avg_sq,
-                                exp_avg_sq_absmax,
-                            }
-                        },
-                    );
-                tasks.extend(parts.zip(states).map(|(part, state)| task(part, state)));
+                let blocks = elements.div_ceil(STATE_BLOCK_SIZE.get());
+                Self::Blockwise {
+                    exp_avg: front_mut(exp_avg, elements),
+                    exp_avg_absmax: front_mut(exp_avg_absmax, blocks),
+                    exp_avg_sq: front_mut(exp_avg_sq, elements),
+                    exp_avg_sq_absmax: front_mut(exp_avg_sq_absmax, blocks),
+                }
             }
         }
     }
@@ -320,72 +334,5 @@ fn check_finite(what: &'static str, scales: &[f32]) -> Result<()> {
             value: scales[index],
         }
         .in_tensor(what)),
-    }
-}
-
-/// What decodes and encodes the 8-bit state.
-struct Coders {
-    backend: Backend,
-    exp_avg: Coder<'static>,
-    exp_avg_sq: Coder<'static>,
-}
-
-/// A part of a parameter that one thread updates.
-struct Task<'a> {
-    constants: Constants,
-    values: FloatsMut<'a>,
-    gradient: Floats<'a>,
-    state: State<'a>,
-}
-
-impl Task<'_> {
-    fn run(self, coders: &Coders) {
-        let backend = coders.backend;
-        let mut numbers = [[0.0; PIECE]; 4];
-        let [p, g, m, v] = &mut numbers;
-        let mut state = self.state;
-        let gradients = self.gradient.chunks(PIECE);
-        for (piece, (mut values, gradient)) in
-            self.values.chunks_mut(PIECE).zip(gradients).enumerate()
-        {
-            let (p, g) = (&mut p[..values.len()], &mut g[..gradient.len()]);
-            values.read(backend, p);
-            gradient.read(backend, g);
-            match &mut state {
-                State::Full {
-                    exp_avg,
-                    exp_avg_sq,
-                } => {
-                    let range = piece * PIECE..piece * PIECE + p.len();
-                    let (m, v) = (&mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
-                    arithmetic::update(backend, &self.constants, p, g, m, v);
-                }
-                State::Blockwise {
-                    exp_avg,
-                    exp_avg_absmax,
-                    exp_avg_sq,
-                    exp_avg_sq_absmax,
-                } => {
-                    let first = piece * PIECE;
-                    let range = first..first + p.len();
-                    let blocks =
-                        first / STATE_BLOCK_SIZE.get()..range.end.div_ceil(STATE_BLOCK_SIZE.get());
-                    let (m, v) = (&mut m[..p.len()], &mut v[..p.len()]);
-                    let m_codes = &mut exp_avg[range.clone()];
-                    let m_absmax = &mut exp_avg_absmax[blocks.clone()];
-                    let v_codes = &mut exp_avg_sq[range];
-                    let v_absmax = &mut exp_avg_sq_absmax[blocks];
-                    coders.exp_avg.decode(m_codes, m_absmax, m);
-                    coders.exp_avg_sq.decode(v_codes, v_absmax, v);
-                    arithmetic::update(backend, &self.constants, p, g, m, v);
-                    // Scales were checked and gradients bounded, so the moments are finite.
-                    let finite = coders.exp_avg.encode(m, m_codes, m_absmax)
-                        & coders.exp_avg_sq.encode(v, v_codes, v_absmax);
-                    debug_assert!(finite);
-                    arithmetic::keep_from_zero(backend, v, v_codes);
-                }
-            }
-            values.write(backend, p);
-        }
     }
 }

@@ -7,7 +7,7 @@ use pyo3::types::PyBytes;
 use super::errors::to_python;
 use super::gpu::dtype_by_name;
 use super::tensor::Tensor;
-use super::threads::detached;
+use super::threads::detached_with_pool;
 use crate::element::Dtype;
 use crate::gpu::adamw::{SEGMENT_BYTES, Segment};
 use crate::optimizer::{self, AdamW, Floats, FloatsMut, Parameter, State};
@@ -74,7 +74,9 @@ pub(super) fn adamw32_step(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    detached(py, threads, || optimizer::step(&settings, parameters))
+    detached_with_pool(py, threads, |team| {
+        optimizer::step(team, &settings, parameters)
+    })
 }
 
 /// As `adamw32_step`, with the moments in uint8 codes and one float32 scale for every 256 of them:
@@ -152,7 +154,9 @@ pub(super) fn adamw8_step(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    detached(py, threads, || optimizer::step(&settings, parameters))
+    detached_with_pool(py, threads, |team| {
+        optimizer::step(team, &settings, parameters)
+    })
 }
 
 fn floats<'a>(tensor: &'a Tensor<'_>) -> PyResult<Floats<'a>> {

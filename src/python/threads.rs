@@ -15,6 +15,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use super::errors::to_python;
 use super::openmp;
 use crate::convert::MOST_THREADS;
+use crate::optimizer::Team;
 use crate::{Error, Result, blockwise, team};
 
 /// Between two calls of a progress callback, and two looks for Ctrl-C.
@@ -35,6 +36,18 @@ pub(super) fn detached<T: Send>(
     let pool = pool(threads)?;
     py.detach(|| pool.install(work))
         .map_err(|error: Error| to_python(&error))
+}
+
+/// Releases the GIL and runs `work` on the calling thread, with others to share its work with:
+/// `threads` in all.
+pub(super) fn detached_with_pool<T: Send>(
+    py: Python<'_>,
+    threads: usize,
+    work: impl FnOnce(&Team<'_>) -> Result<T> + Send,
+) -> PyResult<T> {
+    let pool = (threads > 1).then(|| pool(threads - 1)).transpose()?;
+    py.detach(|| work(&pool.as_deref().map_or(Team::ALONE, Team::of)))
+        .map_err(|error| to_python(&error))
 }
 
 /// [`detached`] for blockwise work on so many elements: few are done by the calling thread, since

@@ -421,3 +421,45 @@ fn large_outputs_and_outputs_at_any_address_decode_alike() {
         }
     }
 }
+
+/// Every number at which a code may change, and every number at which a way to find it may: ranks
+/// are counts of midpoints below a number, and SIMD code finds them by a number's leading bits.
+#[test]
+fn codes_of_the_dynamic_maps_change_at_midpoints_and_nowhere_else() {
+    let size = BlockSize::new(256).expect("of the format");
+    for (codebook, signed) in [
+        (Codebook::dynamic_signed(), true),
+        (Codebook::dynamic_unsigned(), false),
+    ] {
+        // All leading 16 bits of numbers up to 1.
+        let leading = (0..=1.0_f32.to_bits() >> 16).map(|bits| f32::from_bits(bits << 16));
+        let values = codebook.values().iter().chain(codebook.midpoints());
+        let near = leading.chain(values.map(|number| number.abs()));
+        let near = near.flat_map(|x| [x.next_down(), x, x.next_up()]);
+        let numbers: Vec<f32> = near
+            .flat_map(|x| if signed { [x, -x] } else { [x, x] })
+            .map(|x| x.clamp(-1.0, 1.0))
+            .collect();
+        // Each in every second place of a group, in blocks of scale 1.
+        for shift in [0, 1] {
+            let mut input = vec![0.0; shift];
+            for chunk in numbers.chunks(255 - shift) {
+                input.resize(input.len().next_multiple_of(256) + shift, 0.0);
+                input.push(1.0);
+                input.extend(chunk);
+            }
+            let expected: Vec<u8> = input.iter().map(|&x| codebook.encode(x)).collect();
+            for backend in Backend::available() {
+                let (codes, _) = quantized(backend, &input, codebook, size).expect("finite");
+                let wrong = codes.iter().zip(&expected).position(|(a, b)| a != b);
+                assert!(
+                    wrong.is_none(),
+                    "{} {}: {:?}",
+                    backend.name(),
+                    codebook.name(),
+                    wrong.map(|at| input[at])
+                );
+            }
+        }
+    }
+}

@@ -2,7 +2,9 @@
 
 #![allow(clippy::expect_used, clippy::panic)]
 
-use fourbit::optimizer::{AdamW, Floats, FloatsMut, Parameter, STATE_BLOCK_SIZE, State, step_with};
+use fourbit::optimizer::{
+    AdamW, Floats, FloatsMut, Parameter, STATE_BLOCK_SIZE, State, Team, step_with,
+};
 use fourbit::{Backend, Codebook, Error};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -148,7 +150,12 @@ fn twenty_steps_with_full_state_follow_the_textbook() {
                 *e = textbook(&settings, e[0], g, e[1], e[2], step);
             }
             let backend = Backend::detect().expect("a backend");
-            let skipped = step_with(backend, &settings, vec![held.parameter(&gradient, step)]);
+            let skipped = step_with(
+                &Team::ALONE,
+                backend,
+                &settings,
+                vec![held.parameter(&gradient, step)],
+            );
             assert!(skipped.expect("good settings").is_empty());
         }
         for (e, p) in expected.iter().zip(held.values.wide()) {
@@ -167,7 +174,13 @@ fn blockwise_state_is_decoded_updated_and_encoded_by_the_rule() {
         let before = held.clone();
         let gradient = Numbers::new(0, &numbers(200 + step as u32, length));
         let backend = Backend::detect().expect("a backend");
-        step_with(backend, &SETTINGS, vec![held.parameter(&gradient, step)]).expect("good");
+        step_with(
+            &Team::ALONE,
+            backend,
+            &SETTINGS,
+            vec![held.parameter(&gradient, step)],
+        )
+        .expect("good");
         let (signed, unsigned) = (Codebook::dynamic_signed(), Codebook::dynamic_unsigned());
         let old = |which: usize, map: &Codebook, at: usize| {
             map.values()[usize::from(before.codes[which][at])] * before.absmax[which][at / 256]
@@ -215,10 +228,11 @@ fn train(backend: Backend, threads: usize, seed: u32, lengths: &[usize]) -> Vec<
             Held::new(values, if seed.is_multiple_of(2) { 8 } else { 32 })
         })
         .collect();
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .expect("a pool");
+    let others = (threads > 1).then(|| {
+        let others = rayon::ThreadPoolBuilder::new().num_threads(threads - 1);
+        others.build().expect("a pool")
+    });
+    let team = others.as_ref().map_or(Team::ALONE, Team::of);
     for step in 1..=3 {
         let gradients: Vec<Numbers> = lengths
             .iter()
@@ -233,7 +247,7 @@ fn train(backend: Backend, threads: usize, seed: u32, lengths: &[usize]) -> Vec<
             .zip(&gradients)
             .map(|(held, gradient)| held.parameter(gradient, step as u64))
             .collect();
-        let skipped = pool.install(|| step_with(backend, &SETTINGS, parameters));
+        let skipped = step_with(&team, backend, &SETTINGS, parameters);
         assert!(skipped.expect("good settings").is_empty());
     }
     held
@@ -262,12 +276,53 @@ proptest! {
     }
 }
 
+/// Moments from nothing to the largest, in blocks of their own and side by side: scales whose
+/// reciprocals overflow, numbers that vanish beside their scale, zeros.
+#[test]
+fn backends_give_the_same_bytes_at_the_ends_of_the_range() {
+    let length = 40 * 256 + 100;
+    let sizes = [1.0, 1e-12, 1e-20, 1e-30, 1e-38, 1e-44, 0.0, 1e15, 9e18];
+    let run = |backend| {
+        let mut held = Held::new(Numbers::new(0, &numbers(1, length)), 8);
+        for step in 1..=4_u32 {
+            let mut gradient = numbers(10 + step, length);
+            for (at, g) in gradient.iter_mut().enumerate() {
+                let block = at / 256;
+                let mixed = if block.is_multiple_of(2) { at } else { 0 };
+                *g *= sizes[(block + mixed * 7 + step as usize) % sizes.len()];
+            }
+            let gradient = Numbers::new(0, &gradient);
+            let parameters = vec![held.parameter(&gradient, u64::from(step))];
+            let skipped = step_with(&Team::ALONE, backend, &SETTINGS, parameters);
+            assert!(skipped.expect("good settings").is_empty());
+        }
+        held
+    };
+    let expected = run(Backend::SCALAR);
+    for backend in Backend::available() {
+        assert!(run(backend) == expected, "{}", backend.name());
+    }
+}
+
 #[test]
 fn a_gradient_that_cannot_be_used_leaves_everything_as_it_was() {
-    let length = 100_000;
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.0_f32.powi(63)] {
-        for bits in [8, 32] {
-            for place in [0, 31, 70_001, length - 1] {
+    let others = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let others = others.expect("a pool");
+    let of_two = Team::of(&others);
+    let cases = [
+        (8, Team::ALONE),
+        (8, of_two),
+        (32, Team::ALONE),
+        (32, of_two),
+    ];
+    let bads = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.0_f32.powi(63)];
+    for (bits, team) in cases {
+        // Large gradients are looked at before any step, small ones where they are stepped.
+        for (bad, length) in bads
+            .into_iter()
+            .flat_map(|bad| [(bad, 100_000), (bad, 3001)])
+        {
+            for place in [0, 31, length * 7 / 10, length - 1] {
                 let mut held =
                     [3, 4, 5].map(|seed| Held::new(Numbers::new(0, &numbers(seed, length)), bits));
                 let before = held.clone();
@@ -281,8 +336,12 @@ fn a_gradient_that_cannot_be_used_leaves_everything_as_it_was() {
                     .zip(&gradients)
                     .map(|(held, gradient)| held.parameter(gradient, 1))
                     .collect();
-                let skipped =
-                    step_with(Backend::detect().expect("a backend"), &SETTINGS, parameters);
+                let skipped = step_with(
+                    &team,
+                    Backend::detect().expect("a backend"),
+                    &SETTINGS,
+                    parameters,
+                );
                 assert_eq!(skipped.expect("good settings"), [1]);
                 assert!(held[1] == before[1]);
                 assert!(held[0] != before[0] && held[2] != before[2]);
@@ -294,7 +353,7 @@ fn a_gradient_that_cannot_be_used_leaves_everything_as_it_was() {
     let gradient = Numbers::new(0, &[2.0_f32.powi(63).next_down(); 300]);
     for step in 1..=3 {
         let parameters = vec![held.parameter(&gradient, step)];
-        let skipped = step_with(Backend::SCALAR, &SETTINGS, parameters);
+        let skipped = step_with(&Team::ALONE, Backend::SCALAR, &SETTINGS, parameters);
         assert!(skipped.expect("good settings").is_empty());
     }
     assert!(held.absmax.iter().flatten().all(|scale| scale.is_finite()));
@@ -308,6 +367,7 @@ fn bad_settings_lengths_and_scales_are_refused_before_anything_changes() {
     let before = held.clone();
     let refused = |settings: AdamW, held: &mut Held, gradient: &Numbers, step| {
         step_with(
+            &Team::ALONE,
             Backend::SCALAR,
             &settings,
             vec![held.parameter(gradient, step)],
@@ -371,6 +431,7 @@ fn bad_settings_lengths_and_scales_are_refused_before_anything_changes() {
     held.absmax[1].pop();
     held.absmax[0][1] = f32::INFINITY;
     let error = step_with(
+        &Team::ALONE,
         Backend::SCALAR,
         &SETTINGS,
         vec![held.parameter(&gradient, 1)],

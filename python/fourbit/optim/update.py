@@ -38,12 +38,12 @@ class Update(NamedTuple):
 
 
 def update_of(param: Tensor, state: State) -> Update:
-    """What stepping a parameter that has a gradient and state takes."""
+    """What stepping a parameter that has a gradient and state takes; autograd is off."""
     grad = param.grad
     assert grad is not None
     # Autograd may hand out gradients as negative views, whose memory holds the other sign.
-    local_grad = local(grad).detach().resolve_neg().contiguous()
-    values = local(param).detach().contiguous()
+    local_grad = local(grad).resolve_neg().contiguous()
+    values = local(param).contiguous()
     return Update(param, values, local_grad, state, bits_of(state), local_moments(state))
 
 
@@ -52,13 +52,14 @@ def is_whole(update: Update) -> bool:
 
     People may replace them, and a kernel on a card knows nothing of a tensor but its address.
     """
-    shape, dtype = update.values.shape, moment_dtype(update.bits)
+    values = update.values
+    shape, dtype = values.shape, moment_dtype(update.bits)
     for moment in update.moments:
         if moment.dtype != dtype or moment.shape != shape or not moment.is_contiguous():
             return False
     if update.bits == 32:
         return True
-    device, blocks = update.values.device, block_count(shape.numel(), BLOCK_SIZE)
+    device, blocks = values.device, block_count(values.numel(), BLOCK_SIZE)
     for field in SCALES:
         scales = local(update.state[field])
         if scales.dtype != torch.float32 or scales.device != device or scales.numel() < blocks:
@@ -84,10 +85,12 @@ def shares_memory(updates: Sequence[Update]) -> Tensor | None:
     """
     ranges = []
     for index, update in enumerate(updates):
-        for tensor, written in ((update.values, True), (update.grad, False)):
-            start, size = tensor.data_ptr(), tensor.nbytes
-            if size:
-                ranges.append((start, start + size, written, index))
+        values, grad = update.values, update.grad
+        start = values.data_ptr()
+        ranges.append((start, start + values.nbytes, True, index))
+        start = grad.data_ptr()
+        ranges.append((start, start + grad.nbytes, False, index))
+    ranges = [one for one in ranges if one[0] < one[1]]
     ranges.sort()
     end, end_written = 0, 0
     for start, stop, written, index in ranges:
@@ -125,6 +128,8 @@ def finish(updates: Sequence[Update], skipped: set[int]) -> None:
         return
     torch._foreach_add_([update.state["step"] for update in stepped], 1)
     for update in stepped:
+        if update.values is update.param:
+            continue
         memory = local(update.param)
         if update.values.data_ptr() != memory.data_ptr():
             memory.copy_(update.values)
