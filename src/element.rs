@@ -20,6 +20,16 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
     /// Rounded to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
+    /// The numbers themselves where they are `bf16`, for code that knows only these.
+    #[doc(hidden)]
+    fn as_bf16(_numbers: &[Self]) -> Option<&[bf16]> {
+        None
+    }
+    /// As [`Element::as_bf16`].
+    #[doc(hidden)]
+    fn as_bf16_mut(_numbers: &mut [Self]) -> Option<&mut [bf16]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -55,6 +65,12 @@ impl Element for bf16 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         Self::from_f32(value)
+    }
+    fn as_bf16(numbers: &[Self]) -> Option<&[bf16]> {
+        Some(numbers)
+    }
+    fn as_bf16_mut(numbers: &mut [Self]) -> Option<&mut [bf16]> {
+        Some(numbers)
     }
 }
 

@@ -67,6 +67,8 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod blockwise;
 pub mod checkpoint;
 pub mod codebook;
@@ -76,6 +78,7 @@ pub mod element;
 pub mod error;
 pub mod gpu;
 pub mod layout;
+pub mod matmul;
 pub mod optimizer;
 pub mod team;
 

@@ -30,6 +30,18 @@ pub fn lend<R>(start: Start, threads: usize, work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// Does `work`, in which [`each`] runs on the calling thread alone: for work so small that others
+/// would take longer to join in.
+pub fn alone<R>(work: impl FnOnce() -> R) -> R {
+    lend(|_, member| member(), 1, work)
+}
+
+/// How many threads [`each`] runs on at most.
+pub(crate) fn threads() -> usize {
+    LENT.get()
+        .map_or_else(rayon::current_num_threads, |(_, threads)| threads)
+}
+
 /// Runs `work` on every task, on the threads that the host has lent or on the current rayon pool.
 /// Whoever is free takes the next.
 pub fn each<T: Send>(tasks: Vec<T>, work: impl Fn(T) + Send + Sync) {

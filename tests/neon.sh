@@ -7,7 +7,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-tests="--test blockwise --test blockwise_simd --test optimizer"
+tests="--test blockwise --test blockwise_simd --test matmul --test optimizer"
 triple=aarch64-unknown-linux-gnu
 libraries=/usr/lib/rustlib/$triple/lib
 

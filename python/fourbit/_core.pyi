@@ -51,11 +51,14 @@ __all__ = [
     "cuda_driver_version",
     "dequantize",
     "dequantize_absmax",
+    "fused_rows",
     "kept_module",
     "kernel_cache",
     "kernel_geometry",
     "kernel_register",
     "kernel_source",
+    "linear",
+    "linear_transposed",
     "load_nvrtc",
     "matched_modules",
     "matvec_tensor_takes",
@@ -278,6 +281,43 @@ def dequantize(
 def quantize_absmax(
     absmax: Tensor, codes: Tensor, nested_absmax: Tensor, *, threads: int
 ) -> float: ...
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Codebook,
+    block_size: int,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    output: Tensor,
+    *,
+    threads: int,
+    backend: str | None = None,
+) -> None: ...
+def linear_transposed(
+    y: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Codebook,
+    block_size: int,
+    shape: Sequence[int],
+    output: Tensor,
+    *,
+    threads: int,
+    backend: str | None = None,
+) -> None: ...
+def fused_rows(
+    dtype: str,
+    code_bits: int,
+    block_size: int,
+    in_features: int,
+    *,
+    backend: str | None = None,
+) -> int: ...
 def dequantize_absmax(
     codes: Tensor, nested_absmax: Tensor, offset: float, absmax: Tensor, *, threads: int
 ) -> None: ...

@@ -12,7 +12,11 @@ const VARIABLE: &str = "FOURBIT_SIMD";
 /// There is no value for one that it cannot run, which is what makes the calls into SIMD code
 /// sound: whoever holds a backend has had the processor asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Backend(Kind);
+pub struct Backend {
+    kind: Kind,
+    /// Whether products may use the tiles of AMX, beside AVX-512 with `bf16`.
+    tiles: bool,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
@@ -27,7 +31,11 @@ pub(crate) enum Kind {
 
 impl Backend {
     /// Plain Rust: the specification. Every processor runs it.
-    pub const SCALAR: Self = Self(Kind::Scalar);
+    pub const SCALAR: Self = Self::of(Kind::Scalar);
+
+    const fn of(kind: Kind) -> Self {
+        Self { kind, tiles: false }
+    }
 
     /// Every backend this processor can run, the fastest last.
     #[must_use]
@@ -37,19 +45,25 @@ impl Backend {
         {
             // Processors with AVX2 and without F16C do not exist; virtual machines may hide it.
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
-                available.push(Self(Kind::Avx2));
+                available.push(Self::of(Kind::Avx2));
                 if is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
                 {
-                    available.push(Self(Kind::Avx512));
+                    available.push(Self::of(Kind::Avx512));
+                    if crate::amx::supported() {
+                        available.push(Self {
+                            kind: Kind::Avx512,
+                            tiles: true,
+                        });
+                    }
                 }
             }
         }
         #[cfg(target_arch = "aarch64")]
         if std::arch::is_aarch64_feature_detected!("neon") {
-            available.push(Self(Kind::Neon));
+            available.push(Self::of(Kind::Neon));
         }
         available
     }
@@ -96,10 +110,13 @@ impl Backend {
             })
     }
 
-    /// `scalar`, `avx2`, `avx512` or `neon`.
+    /// `scalar`, `avx2`, `avx512`, `amx` (which is AVX-512 but for products) or `neon`.
     #[must_use]
     pub const fn name(self) -> &'static str {
-        match self.0 {
+        if self.tiles {
+            return "amx";
+        }
+        match self.kind {
             Kind::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => "avx2",
@@ -111,7 +128,12 @@ impl Backend {
     }
 
     pub(crate) const fn kind(self) -> Kind {
-        self.0
+        self.kind
+    }
+
+    /// Whether the tiles of AMX can be used, and the instructions of AVX-512 BF16.
+    pub(crate) const fn has_tiles(self) -> bool {
+        self.tiles
     }
 }
 

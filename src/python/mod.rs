@@ -9,6 +9,7 @@ mod convert;
 mod cuda;
 mod errors;
 mod gpu;
+mod matmul;
 #[cfg(feature = "cuda")]
 mod memory;
 mod openmp;
@@ -42,6 +43,8 @@ mod _core {
         kernel_geometry, kernel_register, kernel_source, matvec_tensor_takes, product_cut,
         raise_non_finite, raise_scale_overflow,
     };
+    #[pymodule_export]
+    use super::matmul::{fused_rows, linear, linear_transposed};
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use super::memory::{CardMemory, card_can_page, card_free_memory, card_memory_in_use};

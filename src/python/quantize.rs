@@ -157,7 +157,7 @@ pub(super) fn simd_backends() -> Vec<&'static str> {
         .collect()
 }
 
-fn choose_backend(name: Option<&str>) -> PyResult<Backend> {
+pub(super) fn choose_backend(name: Option<&str>) -> PyResult<Backend> {
     match name {
         Some(name) => Backend::by_name(name),
         None => Backend::detect(),

@@ -1,6 +1,8 @@
 //! Torch tensors as Rust slices, without copies and without linking torch.
 #![allow(unsafe_code)]
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
@@ -142,6 +144,25 @@ impl Tensor<'_> {
         // tensors that it has just made or that the operator mutates by its schema, never the same
         // memory twice in one call.
         Ok(unsafe { std::slice::from_raw_parts_mut(address as *mut T, self.elements) })
+    }
+
+    /// The float32 numbers whose bytes these uint8 elements are, to be read; a copy where they are
+    /// not aligned, as tensors in a mapped file need not be.
+    pub(super) fn floats(&self) -> PyResult<Cow<'_, [f32]>> {
+        let bytes = self.slice::<u8>()?;
+        if !bytes.len().is_multiple_of(size_of::<f32>()) {
+            let message = "the bytes of float32 numbers are not a multiple of four";
+            return Err(PyValueError::new_err(message));
+        }
+        Ok(match bytemuck::try_cast_slice(bytes) {
+            Ok(floats) => Cow::Borrowed(floats),
+            Err(_) => Cow::Owned(
+                bytes
+                    .chunks_exact(size_of::<f32>())
+                    .map(bytemuck::pod_read_unaligned)
+                    .collect(),
+            ),
+        })
     }
 
     fn checked_address<T: Plain>(&self) -> PyResult<usize> {

@@ -58,7 +58,17 @@ pub(super) fn detached_blockwise<T: Send>(
     elements: usize,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    if blockwise::is_small(elements) {
+    detached_if(py, threads, !blockwise::is_small(elements), work)
+}
+
+/// [`detached`] where the work is worth a pool; else it is done by the calling thread.
+pub(super) fn detached_if<T: Send>(
+    py: Python<'_>,
+    threads: usize,
+    worth_it: bool,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    if !worth_it {
         return py.detach(work).map_err(|error| to_python(&error));
     }
     detached(py, threads, work)
