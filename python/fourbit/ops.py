@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -312,6 +313,22 @@ def _weight_memory(shape: tuple[int, int], operand: Tensor) -> Tensor:
     return buffer[:size].view(operand.dtype).view(shape)
 
 
+@cache
+def _fused_rows(dtype: torch.dtype, code_bits: int, block_size: int, in_features: int) -> int:
+    name = str(dtype).removeprefix("torch.")
+    return _core.fused_rows(name, code_bits, block_size, in_features)
+
+
+def _is_fused(
+    operand: Tensor, depth: int, in_features: int, code_bits: int, block_size: int
+) -> bool:
+    """Whether a product is best made from the codes, without a decoded weight in memory."""
+    if torch.is_grad_enabled() and operand.requires_grad:  # whose graph torch is to record
+        return False
+    most = _fused_rows(operand.dtype, code_bits, block_size, in_features)
+    return operand.numel() <= most * depth
+
+
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` of a decoded weight, in memory of its own.
 
@@ -343,10 +360,29 @@ def _linear_cpu(
     in_features: int,
 ) -> Tensor:
     check_operand(x, in_features, "the input")
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    book = by_name(codebook)
+    if _is_fused(x, in_features, in_features, book.code_bits, block_size):
+        output = x.new_empty(*x.shape[:-1], out_features)
+        _core.linear(
+            x.contiguous(),
+            packed.contiguous(),
+            absmax.contiguous(),
+            nested_absmax,
+            nested_offset,
+            book.core,
+            block_size,
+            (out_features, in_features),
+            bias if bias is None else bias.contiguous(),
+            output,
+            threads=torch.get_num_threads(),
+        )
+        return output
     scales = _plain_absmax(absmax, nested_absmax, nested_offset)
     memory = _weight_memory((out_features, in_features), x)
     weight = _decode(packed, scales, codebook, block_size, memory)
-    return dense_linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return dense_linear(x, weight, bias)
 
 
 @torch.library.register_fake("fourbit::linear")
@@ -380,6 +416,22 @@ def _linear_transposed_cpu(
     in_features: int,
 ) -> Tensor:
     check_operand(y, out_features, "the gradient")
+    book = by_name(codebook)
+    if _is_fused(y, out_features, in_features, book.code_bits, block_size):
+        output = y.new_empty(*y.shape[:-1], in_features)
+        _core.linear_transposed(
+            y.contiguous(),
+            packed.contiguous(),
+            absmax.contiguous(),
+            nested_absmax,
+            nested_offset,
+            book.core,
+            block_size,
+            (out_features, in_features),
+            output,
+            threads=torch.get_num_threads(),
+        )
+        return output
     scales = _plain_absmax(absmax, nested_absmax, nested_offset)
     memory = _weight_memory((out_features, in_features), y)
     weight = _decode(packed, scales, codebook, block_size, memory)
