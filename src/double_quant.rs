@@ -1,7 +1,7 @@
 //! Double quantization (paper, section 3): the block scales, less their mean, in 8 bits, with one
 //! single-precision scale for every 256 of them. 0.127 bits a parameter in place of 0.5.
 
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::blockwise::Coder;
 use crate::layout::{Layout, NESTED_BLOCK_SIZE, check_length};
@@ -74,19 +74,21 @@ impl MeanAccumulator {
         }
     }
 
-    /// [`add`](Self::add) at the start of a stream, on the current rayon pool.
+    /// [`add`](Self::add) at the start of a stream, on the threads of [`team`].
     fn add_parallel(&mut self, scales: &[f32]) {
         let (chunks, rest) = scales.split_at(scales.len() - scales.len() % CHUNK);
-        let sums: Vec<f64> = chunks
-            .par_chunks(TASK)
-            .flat_map_iter(|chunks| {
-                chunks.chunks(CHUNK).map(|chunk| {
-                    let mut one = Self::default();
-                    one.add(chunk);
-                    one.sum
-                })
-            })
+        let mut sums = vec![0.0; chunks.len() / CHUNK];
+        let tasks = chunks
+            .chunks(TASK)
+            .zip(sums.chunks_mut(TASK / CHUNK))
             .collect();
+        team::each(tasks, |(chunks, sums)| {
+            for (chunk, sum) in chunks.chunks_exact(CHUNK).zip(sums) {
+                let mut one = Self::default();
+                one.add(chunk);
+                *sum = one.sum;
+            }
+        });
         self.sum = sums.iter().fold(self.sum, |sum, chunk| sum + chunk);
         self.count += chunks.len() as u64;
         self.add(rest);
@@ -170,12 +172,18 @@ pub fn quantize_with_offset(
     let finite = if blockwise::is_small(absmax.len()) {
         part(absmax, codes, nested_absmax)
     } else {
-        absmax
-            .par_chunks(TASK)
-            .zip(codes.par_chunks_mut(TASK))
-            .zip(nested_absmax.par_chunks_mut(TASK / NESTED_BLOCK_SIZE.get()))
-            .map(|((absmax, codes), nested)| part(absmax, codes, nested))
-            .reduce(|| true, |a, b| a && b)
+        let finite = AtomicBool::new(true);
+        let tasks = absmax
+            .chunks(TASK)
+            .zip(codes.chunks_mut(TASK))
+            .zip(nested_absmax.chunks_mut(TASK / NESTED_BLOCK_SIZE.get()))
+            .collect();
+        team::each(tasks, |((absmax, codes), nested)| {
+            if !part(absmax, codes, nested) {
+                finite.store(false, Ordering::Relaxed);
+            }
+        });
+        finite.into_inner()
     };
     if !finite {
         let mut shifted = absmax.iter().map(|scale| scale - offset).enumerate();

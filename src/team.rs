@@ -30,6 +30,15 @@ pub fn lend<R>(start: Start, threads: usize, work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// How many threads [`each`] has here.
+#[must_use]
+pub fn threads() -> usize {
+    match LENT.get() {
+        Some((_, threads)) => threads.max(1),
+        None => rayon::current_num_threads(),
+    }
+}
+
 /// Runs `work` on every task, on the threads that the host has lent or on the current rayon pool.
 /// Whoever is free takes the next.
 pub fn each<T: Send>(tasks: Vec<T>, work: impl Fn(T) + Send + Sync) {

@@ -7,7 +7,7 @@ use pyo3::types::PyBytes;
 use super::errors::to_python;
 use super::gpu::dtype_by_name;
 use super::tensor::Tensor;
-use super::threads::detached_with_pool;
+use super::threads::detached_team;
 use crate::element::Dtype;
 use crate::gpu::adamw::{SEGMENT_BYTES, Segment};
 use crate::optimizer::{self, AdamW, Floats, FloatsMut, Parameter, State};
@@ -74,8 +74,9 @@ pub(super) fn adamw32_step(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    detached_with_pool(py, threads, |team| {
-        optimizer::step(team, &settings, parameters)
+    let is_small = optimizer::is_small(parameters.iter().map(|one| one.values.len()).sum());
+    detached_team(py, threads, is_small, || {
+        optimizer::step(&settings, parameters)
     })
 }
 
@@ -154,8 +155,9 @@ pub(super) fn adamw8_step(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    detached_with_pool(py, threads, |team| {
-        optimizer::step(team, &settings, parameters)
+    let is_small = optimizer::is_small(parameters.iter().map(|one| one.values.len()).sum());
+    detached_team(py, threads, is_small, || {
+        optimizer::step(&settings, parameters)
     })
 }
 
