@@ -131,6 +131,7 @@ def test_parameters_that_moved_after_the_first_step():
     optimizer = PagedAdamW([param])
     train(optimizer, [param], range(1))
     optimizer._homes[param] = (param.dtype, torch.device("cuda", 0))
+    optimizer._seen.clear()
     before = param.detach().clone()
     with pytest.raises(ValueError, match="parameter 0 was on cuda:0 at its first step and is on"):
         optimizer.step()
