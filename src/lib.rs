@@ -77,6 +77,7 @@ pub mod error;
 pub mod gpu;
 pub mod layout;
 pub mod optimizer;
+mod sums;
 pub mod team;
 
 #[cfg(feature = "python")]
