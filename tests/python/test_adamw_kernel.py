@@ -119,7 +119,7 @@ def test_bad_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="beta2 is 1"):
         step(32, [param], [grad], [state], steps=[1], beta2=1.0)
     for count in (-1.0, 0.5, 2.0**63, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="a step count is .*, not a whole number"):
+        with pytest.raises(ValueError, match=r"a step count is .*, not a whole number"):
             counted_step(32, [param], [grad], [state], [torch.tensor(count)])
     with pytest.raises(ValueError, match="a step count has 2 elements where 1 is needed"):
         counted_step(32, [param], [grad], [state], [torch.zeros(2)])
