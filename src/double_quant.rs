@@ -1,16 +1,15 @@
 //! Double quantization (paper, section 3): the block scales, less their mean, in 8 bits, with one
 //! single-precision scale for every 256 of them. 0.127 bits a parameter in place of 0.5.
 
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::blockwise::Coder;
 use crate::layout::{Layout, NESTED_BLOCK_SIZE, check_length};
+use crate::sums::{LANES, add_offset, add_rows, shift};
 use crate::{Backend, Codebook, Error, Result, blockwise, team};
 
 /// Scales that are summed as a unit: one warp's work on a GPU, four registers' on a CPU.
 const CHUNK: usize = 1024;
-/// Running sums side by side within a chunk.
-const LANES: usize = 32;
 /// Scales a thread takes at a time, and how many of them it shifts by the offset at a time.
 const TASK: usize = 1 << 15;
 const PIECE: usize = 1024;
@@ -49,21 +48,18 @@ impl Default for MeanAccumulator {
 impl MeanAccumulator {
     /// Adds the next scales of the stream.
     pub fn add(&mut self, mut scales: &[f32]) {
+        // Any gives the same sum.
+        let backend = Backend::detect().unwrap_or(Backend::SCALAR);
         self.count += scales.len() as u64;
         while !scales.is_empty() {
             let (now, later) = scales.split_at(scales.len().min(CHUNK - self.filled));
             // One by one to the end of a row of lanes, then rows, then one by one.
             let to_row = (LANES - self.filled % LANES) % LANES;
             let (start, rows) = now.split_at(now.len().min(to_row));
-            let rows = rows.chunks_exact(LANES);
+            let (rows, rest) = rows.as_chunks();
             self.add_singly(start);
-            let rest = rows.remainder();
-            for row in rows {
-                for (lane, &scale) in self.lanes.iter_mut().zip(row) {
-                    *lane += f64::from(scale);
-                }
-                self.filled += LANES;
-            }
+            add_rows(backend, &mut self.lanes, rows);
+            self.filled += LANES * rows.len();
             self.add_singly(rest);
             if self.filled == CHUNK {
                 self.sum += fold(self.lanes);
@@ -74,19 +70,21 @@ impl MeanAccumulator {
         }
     }
 
-    /// [`add`](Self::add) at the start of a stream, on the current rayon pool.
+    /// [`add`](Self::add) at the start of a stream, on the threads of [`team`].
     fn add_parallel(&mut self, scales: &[f32]) {
         let (chunks, rest) = scales.split_at(scales.len() - scales.len() % CHUNK);
-        let sums: Vec<f64> = chunks
-            .par_chunks(TASK)
-            .flat_map_iter(|chunks| {
-                chunks.chunks(CHUNK).map(|chunk| {
-                    let mut one = Self::default();
-                    one.add(chunk);
-                    one.sum
-                })
-            })
+        let mut sums = vec![0.0; chunks.len() / CHUNK];
+        let tasks = chunks
+            .chunks(TASK)
+            .zip(sums.chunks_mut(TASK / CHUNK))
             .collect();
+        team::each(tasks, |(chunks, sums)| {
+            for (chunk, sum) in chunks.chunks_exact(CHUNK).zip(sums) {
+                let mut one = Self::default();
+                one.add(chunk);
+                *sum = one.sum;
+            }
+        });
         self.sum = sums.iter().fold(self.sum, |sum, chunk| sum + chunk);
         self.count += chunks.len() as u64;
         self.add(rest);
@@ -151,7 +149,8 @@ pub fn quantize_with_offset(
     nested_absmax: &mut [f32],
 ) -> Result<()> {
     check_lengths(absmax.len(), codes.len(), nested_absmax.len())?;
-    let coder = coder()?;
+    let backend = Backend::detect()?;
+    let coder = coder(backend);
     // Whether all was finite.
     let part = |absmax: &[f32], codes: &mut [u8], nested: &mut [f32]| {
         let mut shifted = [0.0; PIECE];
@@ -161,21 +160,25 @@ pub fn quantize_with_offset(
             .zip(nested.chunks_mut(PIECE / NESTED_BLOCK_SIZE.get()));
         pieces.fold(true, |finite, ((absmax, codes), nested)| {
             let shifted = &mut shifted[..absmax.len()];
-            for (shifted, scale) in shifted.iter_mut().zip(absmax) {
-                *shifted = scale - offset;
-            }
+            shift(backend, absmax, offset, shifted);
             coder.encode(shifted, codes, nested) && finite
         })
     };
     let finite = if blockwise::is_small(absmax.len()) {
         part(absmax, codes, nested_absmax)
     } else {
-        absmax
-            .par_chunks(TASK)
-            .zip(codes.par_chunks_mut(TASK))
-            .zip(nested_absmax.par_chunks_mut(TASK / NESTED_BLOCK_SIZE.get()))
-            .map(|((absmax, codes), nested)| part(absmax, codes, nested))
-            .reduce(|| true, |a, b| a && b)
+        let finite = AtomicBool::new(true);
+        let tasks = absmax
+            .chunks(TASK)
+            .zip(codes.chunks_mut(TASK))
+            .zip(nested_absmax.chunks_mut(TASK / NESTED_BLOCK_SIZE.get()))
+            .collect();
+        team::each(tasks, |((absmax, codes), nested)| {
+            if !part(absmax, codes, nested) {
+                finite.store(false, Ordering::Relaxed);
+            }
+        });
+        finite.into_inner()
     };
     if !finite {
         let mut shifted = absmax.iter().map(|scale| scale - offset).enumerate();
@@ -188,13 +191,8 @@ pub fn quantize_with_offset(
 }
 
 /// What encodes and decodes scales.
-fn coder() -> Result<Coder<'static>> {
-    let backend = Backend::detect()?;
-    Ok(Coder::new(
-        backend,
-        Codebook::dynamic_signed(),
-        NESTED_BLOCK_SIZE,
-    ))
+fn coder(backend: Backend) -> Coder<'static> {
+    Coder::new(backend, Codebook::dynamic_signed(), NESTED_BLOCK_SIZE)
 }
 
 fn check_lengths(scales: usize, codes: usize, nested: usize) -> Result<()> {
@@ -231,12 +229,11 @@ pub fn dequantize(
     absmax: &mut [f32],
 ) -> Result<()> {
     check_lengths(absmax.len(), codes.len(), nested_absmax.len())?;
-    let coder = coder()?;
+    let backend = Backend::detect()?;
+    let coder = coder(backend);
     let part = |codes: &[u8], nested: &[f32], absmax: &mut [f32]| {
         coder.decode(codes, nested, absmax);
-        for scale in absmax {
-            *scale += offset;
-        }
+        add_offset(backend, absmax, offset);
     };
     if blockwise::is_small(absmax.len()) {
         part(codes, nested_absmax, absmax);

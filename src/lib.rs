@@ -80,6 +80,7 @@ pub mod gpu;
 pub mod layout;
 pub mod matmul;
 pub mod optimizer;
+mod sums;
 pub mod team;
 
 #[cfg(feature = "python")]

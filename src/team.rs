@@ -36,10 +36,13 @@ pub fn alone<R>(work: impl FnOnce() -> R) -> R {
     lend(|_, member| member(), 1, work)
 }
 
-/// How many threads [`each`] runs on at most.
-pub(crate) fn threads() -> usize {
-    LENT.get()
-        .map_or_else(rayon::current_num_threads, |(_, threads)| threads)
+/// How many threads [`each`] has here.
+#[must_use]
+pub fn threads() -> usize {
+    match LENT.get() {
+        Some((_, threads)) => threads.max(1),
+        None => rayon::current_num_threads(),
+    }
 }
 
 /// Runs `work` on every task, on the threads that the host has lent or on the current rayon pool.

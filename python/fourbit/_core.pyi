@@ -237,7 +237,7 @@ def adamw32_step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    steps: list[int],
+    steps: list[Tensor],
     threads: int,
     maximize: bool = False,
 ) -> list[int]: ...
@@ -254,7 +254,7 @@ def adamw8_step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    steps: list[int],
+    steps: list[Tensor],
     threads: int,
     maximize: bool = False,
 ) -> list[int]: ...

@@ -137,6 +137,41 @@ impl Backend {
     }
 }
 
+/// Compiles an inlined function for each instruction set and picks by backend. The compiler
+/// vectorises it; no operation is fused or reordered, so every version gives the same bits.
+macro_rules! versions {
+    ($(#[$doc:meta])* $name:ident = $body:ident($($argument:ident: $type:ty),*) -> $result:ty) => {
+        $(#[$doc])*
+        pub(crate) fn $name(backend: $crate::Backend, $($argument: $type),*) -> $result {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+            fn avx512($($argument: $type),*) -> $result {
+                $body($($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2")]
+            fn avx2($($argument: $type),*) -> $result {
+                $body($($argument),*)
+            }
+            // SAFETY: a `Backend` exists only where the processor has its features.
+            #[cfg_attr(not(target_arch = "x86_64"), allow(unused_unsafe))]
+            unsafe {
+                match backend.kind() {
+                    $crate::blockwise::Kind::Scalar => $body($($argument),*),
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::blockwise::Kind::Avx2 => avx2($($argument),*),
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::blockwise::Kind::Avx512 => avx512($($argument),*),
+                    // Every 64-bit Arm program is compiled with NEON.
+                    #[cfg(target_arch = "aarch64")]
+                    $crate::blockwise::Kind::Neon => $body($($argument),*),
+                }
+            }
+        }
+    };
+}
+pub(crate) use versions;
+
 #[cfg(test)]
 mod tests {
     use super::*;

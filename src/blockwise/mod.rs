@@ -2,8 +2,8 @@
 //! element the code of the nearest codebook value of `x / scale`.
 //!
 //! `scalar` is the specification. The SIMD twins give the same bytes, on any number of threads:
-//! blocks do not depend on each other. Decoding runs on the threads
-//! of [`team`], the rest on the current rayon pool.
+//! blocks do not depend on each other. Those are the threads of
+//! [`team`].
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -32,10 +32,10 @@ mod task;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vector;
 
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use self::backend::Backend;
-pub(crate) use self::backend::Kind;
+pub(crate) use self::backend::{Kind, versions};
 pub(crate) use self::cells::{CellWords, Cells};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use self::neon::Neon;
@@ -116,15 +116,19 @@ pub fn quantize_with<T: Element>(
     let bad = if is_small(input.len()) {
         quantize_task(input, packed, absmax)
     } else {
-        input
-            .par_chunks(TASK_ELEMENTS)
-            .zip(packed.par_chunks_mut(TASK_ELEMENTS / codes_per_byte))
-            .zip(absmax.par_chunks_mut(TASK_ELEMENTS / block_size.get()))
+        let first = AtomicUsize::new(usize::MAX);
+        let tasks = input
+            .chunks(TASK_ELEMENTS)
+            .zip(packed.chunks_mut(TASK_ELEMENTS / codes_per_byte))
+            .zip(absmax.chunks_mut(TASK_ELEMENTS / block_size.get()))
             .enumerate()
-            .filter_map(|(task, ((input, packed), absmax))| {
-                quantize_task(input, packed, absmax).map(|index| task * TASK_ELEMENTS + index)
-            })
-            .min()
+            .collect();
+        team::each(tasks, |(task, ((input, packed), absmax))| {
+            if let Some(index) = quantize_task(input, packed, absmax) {
+                first.fetch_min(task * TASK_ELEMENTS + index, Ordering::Relaxed);
+            }
+        });
+        Some(first.into_inner()).filter(|index| *index != usize::MAX)
     };
     match bad {
         None => Ok(()),

@@ -3,8 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::AdamW;
-use crate::Backend;
-use crate::blockwise::Kind;
+use crate::blockwise::versions;
 
 /// What the settings and the step count amount to.
 #[derive(Debug, Clone, Copy)]
@@ -57,39 +56,6 @@ impl Constants {
             self.eps,
         ]
     }
-}
-
-/// Compiles an inlined function for each instruction set and picks by backend.
-macro_rules! versions {
-    ($(#[$doc:meta])* $name:ident = $body:ident($($argument:ident: $type:ty),*) -> $result:ty) => {
-        $(#[$doc])*
-        pub(super) fn $name(backend: Backend, $($argument: $type),*) -> $result {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-            fn avx512($($argument: $type),*) -> $result {
-                $body($($argument),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2")]
-            fn avx2($($argument: $type),*) -> $result {
-                $body($($argument),*)
-            }
-            // SAFETY: a `Backend` exists only where the processor has its features.
-            #[cfg_attr(not(target_arch = "x86_64"), allow(unused_unsafe))]
-            unsafe {
-                match backend.kind() {
-                    Kind::Scalar => $body($($argument),*),
-                    #[cfg(target_arch = "x86_64")]
-                    Kind::Avx2 => avx2($($argument),*),
-                    #[cfg(target_arch = "x86_64")]
-                    Kind::Avx512 => avx512($($argument),*),
-                    // Every 64-bit Arm program is compiled with NEON.
-                    #[cfg(target_arch = "aarch64")]
-                    Kind::Neon => $body($($argument),*),
-                }
-            }
-        }
-    };
 }
 
 versions! {

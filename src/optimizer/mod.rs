@@ -21,7 +21,6 @@
 //! | `arithmetic` | the constants, and the update of numbers |
 //! | `blocks` | the update of 8-bit state with SIMD: floor, and how far it is from it |
 //! | `task` | a part of a parameter, in whatever types |
-//! | `team` | threads that share tasks |
 //! | `floats` | slices of any type |
 //!
 //! The exception: a `v` that is not zero never takes the code of zero (code 0) but the next one,
@@ -34,7 +33,6 @@ mod arithmetic;
 mod blocks;
 mod floats;
 mod task;
-mod team;
 
 use std::sync::atomic::AtomicBool;
 
@@ -42,9 +40,8 @@ use self::arithmetic::Constants;
 use self::floats::front_mut;
 pub use self::floats::{Floats, FloatsMut};
 use self::task::{Task, Tools};
-pub use self::team::Team;
 use crate::layout::check_length;
-use crate::{Backend, BlockSize, Error, Result};
+use crate::{Backend, BlockSize, Error, Result, team};
 
 /// Elements that share a scale of the 8-bit state.
 pub const STATE_BLOCK_SIZE: BlockSize = crate::layout::NESTED_BLOCK_SIZE;
@@ -55,7 +52,7 @@ const TASK_ELEMENTS: usize = 1 << 15;
 /// whether it can be used before anything changes, and so many stay in the second-level cache.
 const MOST_ALONE: usize = 1 << 18;
 /// Elements up to which the calling thread does all of the work: it takes as long as waking others.
-const SMALL: usize = 1 << 16;
+const SMALL_ELEMENTS: usize = 1 << 16;
 /// Parts of the work for each thread, at least, so that the last one does not keep others waiting.
 const PARTS: usize = 8;
 const _: () = assert!(TASK_ELEMENTS.is_multiple_of(STATE_BLOCK_SIZE.get()));
@@ -116,7 +113,13 @@ pub enum State<'a> {
     },
 }
 
-/// Takes one step of every parameter, the team's threads sharing the work.
+/// Whether a step of so many elements is not worth other threads.
+#[must_use]
+pub const fn is_small(elements: usize) -> bool {
+    elements <= SMALL_ELEMENTS
+}
+
+/// Takes one step of every parameter, on the threads of [`team`].
 ///
 /// A parameter whose gradient holds a NaN, an infinity or a number of 2^63 and more (its square
 /// overflows) is left as it is, state included. Returns the indices of those, ascending.
@@ -127,12 +130,8 @@ pub enum State<'a> {
 /// parameter and the state, for an 8-bit state whose scales are not finite. Nothing was then
 /// changed.
 /// [`Error::Backend`] as [`Backend::detect`].
-pub fn step(
-    team: &Team<'_>,
-    settings: &AdamW,
-    parameters: Vec<Parameter<'_>>,
-) -> Result<Vec<usize>> {
-    step_with(team, Backend::detect()?, settings, parameters)
+pub fn step(settings: &AdamW, parameters: Vec<Parameter<'_>>) -> Result<Vec<usize>> {
+    step_with(Backend::detect()?, settings, parameters)
 }
 
 /// [`step`] with the backend of your choice.
@@ -140,7 +139,6 @@ pub fn step(
 /// # Errors
 /// As [`step`].
 pub fn step_with(
-    team: &Team<'_>,
     backend: Backend,
     settings: &AdamW,
     parameters: Vec<Parameter<'_>>,
@@ -152,21 +150,16 @@ pub fn step_with(
             .map_err(|error| error.in_tensor(format!("parameter {index}")))?;
     }
     let elements: usize = parameters.iter().map(|one| one.values.len()).sum();
-    let team = if elements <= SMALL {
-        Team::ALONE
-    } else {
-        *team
-    };
     // What a thread may take on its own without others waiting for it at the end.
-    let share = elements / (PARTS * team.threads());
+    let share = elements / (PARTS * team::threads());
     let most_alone = share.clamp(TASK_ELEMENTS, MOST_ALONE);
 
     let usable: Vec<_> = parameters.iter().map(|_| AtomicBool::new(true)).collect();
     let mut gradients = Vec::new();
-    let mut tasks = Vec::with_capacity(elements / TASK_ELEMENTS + parameters.len());
+    let mut tasks = Groups::default();
     for (parameter, usable) in parameters.into_iter().zip(&usable) {
         let constants = Constants::new(settings, parameter.step);
-        if parameter.values.len() <= most_alone {
+        if is_small(elements) || parameter.values.len() <= most_alone {
             tasks.push(parameter.whole(constants, usable));
         } else {
             let pieces = parameter.gradient.pieces(TASK_ELEMENTS);
@@ -175,16 +168,44 @@ pub fn step_with(
         }
     }
     let tools = Tools::new(backend);
-    team.in_turn(
-        gradients,
-        |(gradient, usable)| task::check(backend, gradient, usable),
-        tasks,
-        |task| task.run(&tools),
-    );
+    let tasks = tasks.all();
+    let update = |tasks: Vec<Task<'_>>| tasks.into_iter().for_each(|task| task.run(&tools));
+    if is_small(elements) {
+        tasks.into_iter().for_each(update);
+    } else {
+        team::each(gradients, |(gradient, usable)| {
+            task::check(backend, gradient, usable);
+        });
+        team::each(tasks, update);
+    }
     let usable = usable.into_iter().map(AtomicBool::into_inner).enumerate();
     Ok(usable
         .filter_map(|(index, usable)| (!usable).then_some(index))
         .collect())
+}
+
+/// Tasks in groups, so that handing out many small ones costs little.
+#[derive(Default)]
+struct Groups<'a> {
+    full: Vec<Vec<Task<'a>>>,
+    last: Vec<Task<'a>>,
+    last_elements: usize,
+}
+
+impl<'a> Groups<'a> {
+    fn push(&mut self, task: Task<'a>) {
+        self.last_elements += task.values.len();
+        self.last.push(task);
+        if self.last_elements >= TASK_ELEMENTS {
+            self.full.push(std::mem::take(&mut self.last));
+            self.last_elements = 0;
+        }
+    }
+
+    fn all(mut self) -> Vec<Vec<Task<'a>>> {
+        self.full.push(self.last);
+        self.full
+    }
 }
 
 impl AdamW {
@@ -271,7 +292,7 @@ impl<'a> Parameter<'a> {
     }
 
     /// Cuts the parameter into the tasks of its step, its gradient being checked before.
-    fn cut(mut self, constants: Constants, usable: &'a AtomicBool, tasks: &mut Vec<Task<'a>>) {
+    fn cut(mut self, constants: Constants, usable: &'a AtomicBool, tasks: &mut Groups<'a>) {
         while !self.values.is_empty() {
             tasks.push(Task {
                 constants,

@@ -73,19 +73,6 @@ impl Weight<'_> {
     }
 }
 
-/// Releases the GIL and does the work, where it is not small on several threads.
-fn shared(
-    py: Python<'_>,
-    threads: usize,
-    is_small: bool,
-    work: impl FnOnce() -> crate::Result<()> + Send,
-) -> PyResult<()> {
-    if is_small {
-        return py.detach(work).map_err(|error| to_python(&error));
-    }
-    detached_team(py, threads, usize::MAX, work)
-}
-
 /// `x W^T + bias` into `output`, for a few rows of `x`; `x`, `bias` and `output` are of one dtype
 /// (float32, float16 or bfloat16). The weight's parts are uint8, as `fourbit.Linear4bit` has them.
 #[pyfunction]
@@ -123,7 +110,7 @@ pub(super) fn linear(
         let output = output.slice_mut::<T>()?;
         let rows = output.len() / shape[0].max(1);
         let work = || matmul::multiply_with(backend, x, &matrix, bias, output);
-        shared(py, threads, matmul::is_small(rows, &matrix), work)
+        detached_team(py, threads, matmul::is_small(rows, &matrix), work)
     })
 }
 
@@ -162,7 +149,7 @@ pub(super) fn linear_transposed(
         let output = output.slice_mut::<T>()?;
         let rows = output.len() / shape[1].max(1);
         let work = || matmul::multiply_transposed_with(backend, y, &matrix, output);
-        shared(py, threads, matmul::is_small(rows, &matrix), work)
+        detached_team(py, threads, matmul::is_small(rows, &matrix), work)
     })
 }
 

@@ -7,18 +7,21 @@ use pyo3::types::PyBytes;
 use super::errors::to_python;
 use super::gpu::dtype_by_name;
 use super::tensor::Tensor;
-use super::threads::detached_with_pool;
+use super::threads::detached_team;
 use crate::element::Dtype;
 use crate::gpu::adamw::{SEGMENT_BYTES, Segment};
 use crate::optimizer::{self, AdamW, Floats, FloatsMut, Parameter, State};
+
+/// Steps are counted in 64 bits.
+const MOST_STEPS: f32 = (1_u64 << 63) as f32;
 
 /// One AdamW step of every parameter, with the moments in float32.
 ///
 /// All lists have one entry a parameter, all tensors of an entry one number of elements. `params`
 /// and `grads` are float32, float16 or bfloat16, `exp_avgs` and `exp_avg_sqs` float32; `steps` are
-/// the step counts from 1. Parameters and moments change in place. Returns the indices of
-/// parameters that were left alone because their gradient is not finite, or has an element of 2^63
-/// or more.
+/// float32 tensors of one element that count the steps so far, which grow by 1. Parameters and
+/// moments change in place. Returns the indices of parameters that were left alone, step count
+/// included, because their gradient is not finite, or has an element of 2^63 or more.
 #[pyfunction]
 #[pyo3(signature = (
     params, grads, exp_avgs, exp_avg_sqs, *,
@@ -35,7 +38,7 @@ pub(super) fn adamw32_step(
     beta2: f64,
     eps: f64,
     weight_decay: f64,
-    steps: Vec<u64>,
+    mut steps: Vec<Tensor<'_>>,
     threads: usize,
     maximize: bool,
 ) -> PyResult<Vec<usize>> {
@@ -49,6 +52,7 @@ pub(super) fn adamw32_step(
         ],
     )?;
     check_disjoint(&[&params, &exp_avgs, &exp_avg_sqs], &grads)?;
+    let numbers = next_steps(&steps)?;
     let settings = AdamW {
         lr,
         beta1,
@@ -61,7 +65,7 @@ pub(super) fn adamw32_step(
         .iter_mut()
         .zip(&grads)
         .zip(exp_avgs.iter_mut().zip(&mut exp_avg_sqs))
-        .zip(steps)
+        .zip(numbers)
         .map(|(((values, gradient), (exp_avg, exp_avg_sq)), step)| {
             Ok(Parameter {
                 values: floats_mut(values)?,
@@ -74,9 +78,12 @@ pub(super) fn adamw32_step(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    detached_with_pool(py, threads, |team| {
-        optimizer::step(team, &settings, parameters)
-    })
+    let is_small = optimizer::is_small(parameters.iter().map(|one| one.values.len()).sum());
+    let skipped = detached_team(py, threads, is_small, || {
+        optimizer::step(&settings, parameters)
+    })?;
+    count(&mut steps, &skipped)?;
+    Ok(skipped)
 }
 
 /// As `adamw32_step`, with the moments in uint8 codes and one float32 scale for every 256 of them:
@@ -100,7 +107,7 @@ pub(super) fn adamw8_step(
     beta2: f64,
     eps: f64,
     weight_decay: f64,
-    steps: Vec<u64>,
+    mut steps: Vec<Tensor<'_>>,
     threads: usize,
     maximize: bool,
 ) -> PyResult<Vec<usize>> {
@@ -133,13 +140,14 @@ pub(super) fn adamw8_step(
         weight_decay,
         maximize,
     };
+    let numbers = next_steps(&steps)?;
     let first = exp_avg_codes.iter_mut().zip(&mut exp_avg_absmax);
     let second = exp_avg_sq_codes.iter_mut().zip(&mut exp_avg_sq_absmax);
     let parameters = params
         .iter_mut()
         .zip(&grads)
         .zip(first.zip(second))
-        .zip(steps)
+        .zip(numbers)
         .map(|(((values, gradient), (first, second)), step)| {
             Ok(Parameter {
                 values: floats_mut(values)?,
@@ -154,9 +162,46 @@ pub(super) fn adamw8_step(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    detached_with_pool(py, threads, |team| {
-        optimizer::step(team, &settings, parameters)
-    })
+    let is_small = optimizer::is_small(parameters.iter().map(|one| one.values.len()).sum());
+    let skipped = detached_team(py, threads, is_small, || {
+        optimizer::step(&settings, parameters)
+    })?;
+    count(&mut steps, &skipped)?;
+    Ok(skipped)
+}
+
+/// The numbers of the steps that follow so many. Read before anything is borrowed to be written.
+fn next_steps(steps: &[Tensor<'_>]) -> PyResult<Vec<u64>> {
+    steps.iter().map(next_step).collect()
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a whole number in range
+fn next_step(count: &Tensor<'_>) -> PyResult<u64> {
+    match count.slice::<f32>()? {
+        [count] if (0.0..MOST_STEPS).contains(count) && count.fract() == 0.0 => {
+            Ok(*count as u64 + 1)
+        }
+        [count] => Err(PyValueError::new_err(format!(
+            "a step count is {count}, not a whole number from 0 to below 2^63"
+        ))),
+        other => Err(PyValueError::new_err(format!(
+            "a step count has {} elements where 1 is needed",
+            other.len()
+        ))),
+    }
+}
+
+/// Counts the step of all parameters but the skipped, which ascend.
+fn count(steps: &mut [Tensor<'_>], skipped: &[usize]) -> PyResult<()> {
+    let mut skipped = skipped.iter().copied().peekable();
+    for (index, step) in steps.iter_mut().enumerate() {
+        if skipped.next_if_eq(&index).is_none() {
+            for count in step.slice_mut::<f32>()? {
+                *count += 1.0;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn floats<'a>(tensor: &'a Tensor<'_>) -> PyResult<Floats<'a>> {

@@ -4,7 +4,8 @@ use pyo3::prelude::*;
 
 use super::errors::to_python;
 use super::tensor::{Tensor, with_float};
-use super::threads::{detached_blockwise, detached_team};
+use super::threads::detached_team;
+use crate::blockwise::is_small;
 use crate::codebook::Ties;
 use crate::{Backend, BlockSize, blockwise, codebook, double_quant};
 
@@ -82,7 +83,7 @@ pub(super) fn quantize(
     let (packed, absmax) = (packed.slice_mut()?, absmax.slice_mut()?);
     with_float!(input.float_dtype()?, T => {
         let input = input.slice::<T>()?;
-        detached_blockwise(py, threads, input.len(), || {
+        detached_team(py, threads, is_small(input.len()), || {
             blockwise::quantize_with(backend, input, &codebook.0, block_size, packed, absmax)
         })
     })
@@ -106,7 +107,7 @@ pub(super) fn dequantize(
     let (packed, absmax) = (packed.slice()?, absmax.slice()?);
     with_float!(output.float_dtype()?, T => {
         let output = output.slice_mut::<T>()?;
-        detached_team(py, threads, output.len(), || {
+        detached_team(py, threads, is_small(output.len()), || {
             blockwise::dequantize_with(backend, packed, absmax, &codebook.0, block_size, output)
         })
     })
@@ -125,7 +126,7 @@ pub(super) fn quantize_absmax(
 ) -> PyResult<f32> {
     let absmax = absmax.slice()?;
     let (codes, nested_absmax) = (codes.slice_mut()?, nested_absmax.slice_mut()?);
-    detached_blockwise(py, threads, absmax.len(), || {
+    detached_team(py, threads, is_small(absmax.len()), || {
         double_quant::quantize(absmax, codes, nested_absmax)
     })
 }
@@ -143,7 +144,7 @@ pub(super) fn dequantize_absmax(
 ) -> PyResult<()> {
     let (codes, nested_absmax) = (codes.slice()?, nested_absmax.slice()?);
     let absmax = absmax.slice_mut()?;
-    detached_team(py, threads, absmax.len(), || {
+    detached_team(py, threads, is_small(absmax.len()), || {
         double_quant::dequantize(codes, nested_absmax, offset, absmax)
     })
 }

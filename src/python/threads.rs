@@ -15,8 +15,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use super::errors::to_python;
 use super::openmp;
 use crate::convert::MOST_THREADS;
-use crate::optimizer::Team;
-use crate::{Error, Result, blockwise, team};
+use crate::{Error, Result, team};
 
 /// Between two calls of a progress callback, and two looks for Ctrl-C.
 pub(super) const INTERVAL: Duration = Duration::from_millis(50);
@@ -38,52 +37,20 @@ pub(super) fn detached<T: Send>(
         .map_err(|error: Error| to_python(&error))
 }
 
-/// Releases the GIL and runs `work` on the calling thread, with others to share its work with:
-/// `threads` in all.
-pub(super) fn detached_with_pool<T: Send>(
-    py: Python<'_>,
-    threads: usize,
-    work: impl FnOnce(&Team<'_>) -> Result<T> + Send,
-) -> PyResult<T> {
-    let pool = (threads > 1).then(|| pool(threads - 1)).transpose()?;
-    py.detach(|| work(&pool.as_deref().map_or(Team::ALONE, Team::of)))
-        .map_err(|error| to_python(&error))
-}
-
-/// [`detached`] for blockwise work on so many elements: few are done by the calling thread, since
-/// handing them to a pool would take longer.
-pub(super) fn detached_blockwise<T: Send>(
-    py: Python<'_>,
-    threads: usize,
-    elements: usize,
-    work: impl FnOnce() -> Result<T> + Send,
-) -> PyResult<T> {
-    detached_if(py, threads, !blockwise::is_small(elements), work)
-}
-
-/// [`detached`] where the work is worth a pool; else it is done by the calling thread.
-pub(super) fn detached_if<T: Send>(
-    py: Python<'_>,
-    threads: usize,
-    worth_it: bool,
-    work: impl FnOnce() -> Result<T> + Send,
-) -> PyResult<T> {
-    if !worth_it {
-        return py.detach(work).map_err(|error| to_python(&error));
-    }
-    detached(py, threads, work)
-}
-
-/// [`detached`] for work on so many elements that shares itself by [`team::each`] alone: on torch's
-/// threads where they can be reached.
+/// Releases the GIL and runs `work`, which shares itself by [`team::each`] alone: on torch's threads
+/// where they can be reached, else on a pool. What is small is done by the calling thread, since
+/// handing it to others would take longer.
 pub(super) fn detached_team<T: Send>(
     py: Python<'_>,
     threads: usize,
-    elements: usize,
+    is_small: bool,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
+    if is_small {
+        return py.detach(work).map_err(|error| to_python(&error));
+    }
     let Some(start) = openmp::start() else {
-        return detached_blockwise(py, threads, elements, work);
+        return detached(py, threads, work);
     };
     py.detach(|| team::lend(start, threads.clamp(1, MOST_THREADS), work))
         .map_err(|error| to_python(&error))

@@ -104,7 +104,7 @@ def step_core(held, **options):
     for index, one in enumerate(held):
         function = {32: _core.adamw32_step, 8: _core.adamw8_step}[one.bits]
         state = [[tensor] for tensor in one.state]
-        settings = {**OPTIONS, **options, "steps": [one.step], "threads": 1}
+        settings = {**OPTIONS, **options, "steps": [torch.tensor(one.step - 1.0)], "threads": 1}
         if function([one.param], [one.grad], *state, **settings):
             skipped.append(index)
     return skipped

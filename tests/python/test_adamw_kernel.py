@@ -18,10 +18,20 @@ def blockwise_state(param):
     return codes, scales, codes.clone(), scales.clone()
 
 
-def step(bits, params, grads, states, **options):
+def step(bits, params, grads, states, *, steps, **options):
+    """`steps` are counted from 1."""
+    counts = [torch.tensor(float(number - 1)) for number in steps]
+    skipped, counted = counted_step(bits, params, grads, states, counts, **options)
+    assert counted == [n - (i in skipped) for i, n in enumerate(steps)]
+    return skipped
+
+
+def counted_step(bits, params, grads, states, counts, **options):
+    """The skipped parameters, and how many steps each has taken now."""
     function = {32: _core.adamw32_step, 8: _core.adamw8_step}[bits]
     columns = [list(column) for column in zip(*states, strict=True)]
-    return function(params, grads, *columns, **{**OPTIONS, **options})
+    skipped = function(params, grads, *columns, **{**OPTIONS, "steps": counts, **options})
+    return skipped, [count.item() for count in counts]
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -108,10 +118,13 @@ def test_bad_arguments_are_refused_by_name():
         step(32, [param], [grad[:299]], [state], steps=[1])
     with pytest.raises(ValueError, match="beta2 is 1"):
         step(32, [param], [grad], [state], steps=[1], beta2=1.0)
-    with pytest.raises(ValueError, match="step is 0"):
-        step(32, [param], [grad], [state], steps=[0])
-    with pytest.raises(OverflowError):
-        step(32, [param], [grad], [state], steps=[-1])
+    for count in (-1.0, 0.5, 2.0**63, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"a step count is .*, not a whole number"):
+            counted_step(32, [param], [grad], [state], [torch.tensor(count)])
+    with pytest.raises(ValueError, match="a step count has 2 elements where 1 is needed"):
+        counted_step(32, [param], [grad], [state], [torch.zeros(2)])
+    with pytest.raises(TypeError, match="float64 where float32 is needed"):
+        counted_step(32, [param], [grad], [state], [torch.zeros(1, dtype=torch.float64)])
     with pytest.raises(TypeError, match="float64"):
         step(32, [param.double()], [grad], [state], steps=[1])
     with pytest.raises(TypeError, match="bfloat16 where float32 is needed"):

@@ -23,13 +23,14 @@ def bench(*arguments: str) -> str:
 
 def test_a_small_run_gives_every_row(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    table = bench("--size", "small", "--only", "products", "decode", "--json", str(file))
+    table = bench("--size", "small", "--only", "products", "adamw", "decode", "--json", str(file))
     found: dict[str, Any] = json.loads(file.read_text())
     assert found["machine"]["read_bytes_per_second"] > 0
     rows = {row["row"]: row for row in found["rows"]}
     for count in (1, 8, 64, 512):
         assert f"M = {count}, 256 x 320, bf16" in rows
     assert {"M = 512, forward + backward, 256 x 320, bf16", "M = 512, 256 x 320, f32"} <= set(rows)
+    assert sum("AdamW" in name for name in rows) == 4
     assert sum("greedy decode" in name for name in rows) == 1
     for name, row in rows.items():
         assert f"| {name} |" in table

@@ -80,6 +80,14 @@ def test_parameters_that_share_memory():
     param.grad = param.detach()
     with pytest.raises(ValueError, match="parameter 0 shares memory"):
         PagedAdamW([param]).step()
+    # Of other groups, and of other widths of state: nothing is stepped before it is found.
+    backing = torch.zeros(9000)
+    first, second, third = nn.Parameter(backing[:10]), nn.Parameter(backing[9:5000]), backing[4999:]
+    for groups in ([first, second], [{"params": [second]}, {"params": [nn.Parameter(third)]}]):
+        optimizer = PagedAdamW(groups)
+        set_gradients([p for group in optimizer.param_groups for p in group["params"]], 0)
+        with pytest.raises(ValueError, match=r"parameter 1 shares memory"):
+            optimizer.step()
     assert not backing.any()
     one, other = parameters((3,), (3,))
     one.grad = other.grad = torch.ones(3)
@@ -125,12 +133,54 @@ def test_parameters_that_change_after_the_first_step(change):
         optimizer.step()
 
 
+def _elsewhere(state, field):
+    state[field].data = state[field].clone()
+
+
+def _other_strides(state, field):
+    state[field].data = state[field].clone().repeat_interleave(2, -1)[..., ::2]
+
+
+def _replaced(state, field):
+    state[field] = state[field].clone()
+
+
+@pytest.mark.parametrize("change", [_elsewhere, _other_strides, _replaced])
+@pytest.mark.parametrize(
+    ("state_bits", "field"),
+    [(8, "exp_avg"), (8, "exp_avg_absmax"), (8, "exp_avg_sq_absmax"), (32, "exp_avg_sq")],
+)
+def test_state_that_was_put_elsewhere_between_steps(state_bits, field, change):
+    ours, theirs = parameters((64, 64)), parameters((64, 64))
+    one, other = (PagedAdamW(params, state_bits=state_bits) for params in (ours, theirs))
+    for number in range(6):
+        train(one, ours, range(number, number + 1))
+        train(other, theirs, range(number, number + 1))
+        # A step that has been seen, and one that has not.
+        if number in (2, 3):
+            change(one.state[ours[0]], field)
+    assert torch.equal(ours[0], theirs[0])
+    assert_same_state(one, other)
+
+
+def test_a_step_count_of_another_type():
+    (param,) = parameters((64, 64))
+    optimizer = PagedAdamW([param])
+    train(optimizer, [param], range(3))
+    optimizer.state[param]["step"] = torch.tensor(3)
+    train(optimizer, [param], range(1))
+    step = optimizer.state[param]["step"]
+    assert step.dtype == torch.float32
+    assert step == 4
+
+
 def test_parameters_that_moved_after_the_first_step():
     """That the first step was elsewhere is made up: there is no other device here."""
     (param,) = parameters((64, 64))
     optimizer = PagedAdamW([param])
     train(optimizer, [param], range(1))
     optimizer._homes[param] = (param.dtype, torch.device("cuda", 0))
+    optimizer._seen.clear()
     before = param.detach().clone()
     with pytest.raises(ValueError, match="parameter 0 was on cuda:0 at its first step and is on"):
         optimizer.step()

@@ -19,7 +19,7 @@ from fourbit.optim.paging import PagerName, PagingReport, Placement
 from fourbit.optim.paging.pages import Wanted
 from fourbit.optim.restore import read_state_dict
 from fourbit.optim.sharded import placements, usable_everywhere
-from fourbit.optim.update import Update, is_whole, run, shares_memory, update_of
+from fourbit.optim.update import Seen, Update, is_whole, run, shares_memory, update_of
 
 WARN_EVERY = 100
 """Steps with skipped tensors between two warnings of them."""
@@ -95,6 +95,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._steps_with_skips = 0
         # The dtypes and devices that parameters had in their first step.
         self._homes: dict[Tensor, tuple[torch.dtype, torch.device]] = {}
+        self._seen: dict[Tensor, Seen] = {}
         self._placement = Placement(pager)
         defaults = {
             "lr": lr,
@@ -116,6 +117,7 @@ class PagedAdamW(torch.optim.Optimizer):
         """A copy's state is plain memory, which its next step puts into pages of its own."""
         super().__setstate__(state)
         # Torch also calls this to load a state dict.
+        self._seen = {}
         if not hasattr(self, "_placement"):
             self._placement = Placement(self.pager)
 
@@ -195,30 +197,45 @@ class PagedAdamW(torch.optim.Optimizer):
                 loss = closure()
         plan = self._plan()
         everything = [update for _, updates in plan for update in updates]
-        sharer = shares_memory(everything)
+        # The core sees a shard alone; the others must skip the tensor too.
+        shards = [update.param for update in everything if is_distributed(update.param)]
+        devices = {update.values.device for update in everything}
+        on_cards = {device for device in devices if self._placement.card(device) is not None}
+        widths = {update.bits for update in everything}
+        # What one call steps, the core looks at by itself.
+        one_call = sum(bool(updates) for _, updates in plan) * len(widths) == 1
+        if shards or on_cards or not one_call:
+            self._check_memory(everything)
+        usable = usable_everywhere(shards)
+        skipped = [param for param, is_usable in zip(shards, usable, strict=True) if not is_usable]
+        left_out = {id(param) for param in skipped}
+        if left_out:
+            plan = [
+                (group, [update for update in updates if id(update.param) not in left_out])
+                for group, updates in plan
+            ]
+        for group, updates in plan:
+            for bits in sorted(widths, reverse=True):
+                chosen = [u for u in updates if u.bits == bits and u.values.device not in on_cards]
+                if chosen:
+                    try:
+                        skipped += run(chosen, group, bits)
+                    except ValueError:
+                        self._check_memory(chosen)
+                        raise
+        if on_cards:
+            skipped += self._step_on_cards(plan)
+        if skipped:
+            self._count_skipped(skipped)
+        return loss
+
+    def _check_memory(self, updates: list[Update]) -> None:
+        sharer = shares_memory(updates)
         if sharer is not None:
             raise ValueError(
                 f"{self._name(sharer)} shares memory with another parameter or gradient; "
                 "give the optimizer one parameter for each tensor, or clone them"
-            )
-        # The core sees a shard alone; the others must skip the tensor too.
-        shards = [update.param for update in everything if is_distributed(update.param)]
-        usable = usable_everywhere(shards)
-        skipped = [param for param, is_usable in zip(shards, usable, strict=True) if not is_usable]
-        left_out = {id(param) for param in skipped}
-        kept = [
-            (group, [update for update in updates if id(update.param) not in left_out])
-            for group, updates in plan
-        ]
-        for group, updates in kept:
-            for bits in (32, 8):
-                chosen = [u for u in updates if u.bits == bits and not self._on_card(u)]
-                if chosen:
-                    skipped += run(chosen, group, bits)
-        skipped += self._step_on_cards(kept)
-        if skipped:
-            self._count_skipped(skipped)
-        return loss
+            ) from None
 
     def _on_card(self, update: Update) -> bool:
         return self._placement.card(update.values.device) is not None
@@ -295,18 +312,27 @@ class PagedAdamW(torch.optim.Optimizer):
         State that is elsewhere, as in a copied optimizer, or in other tensors than it should be,
         keeps its numbers.
         """
-        stepped = [
-            (group, [param for param in group["params"] if param.grad is not None])
-            for group in self.param_groups
-        ]
-        for _, params in stepped:
-            for param in params:
-                self._check_before_step(param)
+        stepped = []
+        for group in self.param_groups:
+            state_bits = group["state_bits"]
+            known: list[tuple[Tensor, Update | None]] = []
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                seen = self._seen.get(param)
+                again = seen and seen.again(param, self.state[param], state_bits)
+                if again is None:
+                    self._check_before_step(param)
+                known.append((param, again))
+            stepped.append((group, known))
         plan: list[tuple[dict[str, Any], list[Update]]] = []
         wanted: list[tuple[Tensor, int]] = []
-        for group, params in stepped:
+        for group, known in stepped:
             updates: list[Update] = []
-            for param in params:
+            for param, again in known:
+                if again is not None:
+                    updates.append(again)
+                    continue
                 state = self.state[param]
                 if not state:
                     wanted.append((param, state_of.bits_for(param, group["state_bits"])))
@@ -316,6 +342,8 @@ class PagedAdamW(torch.optim.Optimizer):
                 updates.append(update)
                 if not (is_whole(update) and self._placement.holds(param, update.moments)):
                     wanted.append((param, update.bits))
+                elif not self._on_card(update):
+                    self._see(update, group["state_bits"])
             plan.append((group, updates))
         if not wanted:
             return plan
@@ -326,9 +354,14 @@ class PagedAdamW(torch.optim.Optimizer):
             state.update(fresh)
             self._homes[param] = _home(param)
         return [
-            (group, [update_of(param, self.state[param]) for param in params])
-            for group, params in stepped
+            (group, [update_of(param, self.state[param]) for param, _ in known])
+            for group, known in stepped
         ]
+
+    def _see(self, update: Update, state_bits: int) -> None:
+        seen = Seen.of(update, state_bits)
+        if seen is not None:
+            self._seen[update.param] = seen
 
     def _new_states(
         self, wanted: list[tuple[Tensor, int]], placement: Placement
@@ -422,6 +455,7 @@ class PagedAdamW(torch.optim.Optimizer):
         def put(_: torch.optim.Optimizer) -> None:
             self.state.update(states)
             self._placement = placement
+            self._seen = {}
             self._homes = {param: _home(param) for param in states}
 
         hooks = (

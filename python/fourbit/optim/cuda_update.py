@@ -79,7 +79,7 @@ class CardStep:
             if flags.pop():
                 raise _damage(self._updates)
         skipped = [index for index, flag in zip(self._filled, flags, strict=True) if flag]
-        finish(self._updates, set(skipped))
+        finish(self._updates, skipped)
         return [self._updates[index].param for index in skipped]
 
 

@@ -67,7 +67,7 @@ def new_state(param: Tensor, bits: int, moments: tuple[Tensor, Tensor]) -> State
         bits: 8 or 32.
         moments: this process's part of both: zeros.
     """
-    state = {"step": torch.tensor(0.0, dtype=torch.float32)}
+    state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
     for moment, scales, values in zip(MOMENTS, SCALES, moments, strict=True):
         state[moment] = shard_of(param, values)
         if bits == 8:
