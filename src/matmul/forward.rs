@@ -13,6 +13,9 @@ use crate::{Backend, Element, Result, team};
 #[cfg(target_arch = "x86_64")]
 const FEWEST_FOR_TILES: usize = 3;
 
+/// The most rows of the weight that a thread takes at a time.
+const MOST_TASK_ROWS: usize = 4 * TILE_ROWS;
+
 /// `x W^T + bias` into `output`, [rows, out].
 ///
 /// # Errors
@@ -112,14 +115,24 @@ fn multiply_group<T: Element>(
     let decoder = (!fused && !kernel.is_scalar()).then(|| DecodedRows::new(backend, matrix));
     // Written with the rows of the weight outermost, as threads take them.
     let mut columns = vec![0.0_f32; rows * outs];
-    let tiles: Vec<_> = columns.chunks_mut(TILE_ROWS * rows).enumerate().collect();
-    team::each(tiles, |(index, sums): (usize, &mut [f32])| {
-        let (mut decoded, mut row) = (scales.buffer(TILE_ROWS), Vec::new());
-        let first = index * TILE_ROWS;
-        let count = sums.len() / rows;
-        let scales = scales.decode(first, count, &mut decoded);
+    // Several tasks a thread, so that none waits long for the last; several tiles a task, whose
+    // scales are decoded together: those begin with a whole block of scales.
+    let share = outs
+        .div_ceil(4 * team::threads())
+        .next_multiple_of(TILE_ROWS);
+    let task_rows = share.min(MOST_TASK_ROWS);
+    let tasks = columns.chunks_mut(task_rows * rows).enumerate().collect();
+    team::each(tasks, |(index, sums): (usize, &mut [f32])| {
+        let (mut decoded, mut row) = (scales.buffer(task_rows), Vec::new());
+        let first = index * task_rows;
+        let scales = scales.decode(first, sums.len() / rows, &mut decoded);
         if fused {
-            kernel.forward(Tile::new(matrix, scales, first, count), rows, x, sums);
+            let tile_scales = TILE_ROWS * matrix.in_features / matrix.block_size.get();
+            for (index, sums) in sums.chunks_mut(TILE_ROWS * rows).enumerate() {
+                let (first, scales) = (first + index * TILE_ROWS, &scales[index * tile_scales..]);
+                let tile = Tile::new(matrix, scales, first, sums.len() / rows);
+                kernel.forward(tile, rows, x, sums);
+            }
         } else if let Some(decoder) = &decoder {
             for (index, sums) in sums.chunks_exact_mut(rows).enumerate() {
                 kernel.dots(
