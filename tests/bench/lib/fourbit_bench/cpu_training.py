@@ -18,7 +18,7 @@ import fourbit
 from fourbit_bench.cpu_models import KINDS, in_format, linear_elements, llama
 from fourbit_bench.cpu_products import PACKED
 from fourbit_bench.cpu_report import BNB, DENSE, OURS, Goal, Row
-from fourbit_bench.memory import peak_memory, reset_peak_memory
+from fourbit_bench.memory import give_back_memory, peak_memory, reset_peak_memory
 
 RANK, TOKENS, STEPS, TURNS = 64, 512, 2, 2
 
@@ -63,6 +63,7 @@ def work_step(kind: str, size: str) -> dict[str, float]:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     tokens = torch.randint(0, 500, (1, 16 if small else TOKENS))
     gc.collect()
+    give_back_memory()
     reset_peak_memory()
     times = []
     for _ in range(1 + (1 if small else STEPS)):
