@@ -17,6 +17,7 @@
 //! | [`checkpoint`] | the file format: read, write, verify; every file is taken as hostile |
 //! | [`convert`](mod@convert) | a 16-bit checkpoint into a 4-bit one, streamed |
 //! | [`team`] | the threads that share work |
+//! | [`matmul`] | products on the CPU, straight from the codes |
 //! | [`optimizer`] | AdamW on the CPU, its state in 32 bits or blockwise in 8 |
 //! | [`gpu`] | the CUDA kernels: their source, compiled when first used |
 //!

@@ -8,7 +8,8 @@
 //! measured at 3.4 GHz), two gathered look-ups of cells the loads for 11 (1.6 ns each), and some
 //! 65 instructions of two ports each of those for 33: 9.7 ns. Measured: 15 ns, one thread, 16.8
 //! million elements. Memory at 47 GB/s, what torch's fused step reaches on two such processors, is
-//! 7.1 ms for that many, 20 bytes each; the step takes 11 to 12, 2.7 of them to look at gradients.
+//! 7.1 ms for that many, 20 bytes each; the step takes 11 to 12, 2.2 to 2.5 of them to look at
+//! gradients.
 #![allow(unsafe_code)]
 
 use super::STATE_BLOCK_SIZE;
