@@ -56,10 +56,10 @@ use crate::blockwise::Kind;
 use crate::element::Dtype;
 use crate::{Backend, BlockSize, Element};
 
-/// Whether a product of `bf16` can use tiles.
+/// Whether a product of `bf16` can use tiles: there is something to multiply.
 #[cfg(target_arch = "x86_64")]
 fn takes_tiles(backend: Backend, matrix: &PackedMatrix<'_>) -> bool {
-    backend.has_tiles() && matrix.is_regular()
+    backend.has_tiles() && matrix.is_regular() && matrix.in_features > 0 && matrix.out_features > 0
 }
 
 /// Weights up to so many numbers are multiplied by the calling thread alone, unless there are

@@ -114,6 +114,22 @@ def test_operators_take_views_and_constants_that_are_not_aligned(dtype, double_q
     assert torch.equal(transposed(tall, quantized.packed, *map(odd, parts), *layout), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_nothing_times_nothing_is_zero(dtype, rows):
+    parts = (torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8), None, None)
+    core = fourbit.codebook.by_name("nf4").core
+    for backend in _core.simd_backends():
+        options = {"threads": 2, "backend": backend}
+        found = torch.full((rows, 5), float("nan"), dtype=dtype)
+        operand, bias = torch.empty(rows, 0, dtype=dtype), torch.arange(5).to(dtype)
+        _core.linear(operand, *parts, core, 64, (5, 0), bias, found, **options)
+        assert torch.equal(found, bias.expand(rows, 5)), backend
+        found = torch.full((rows, 64), float("nan"), dtype=dtype)
+        _core.linear_transposed(operand, *parts, core, 64, (0, 64), found, **options)
+        assert torch.equal(found, torch.zeros_like(found)), backend
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -202,7 +202,8 @@ impl Tiles {
                 "add {next}, 256",
                 "add {a}, 2048",
                 "add {b}, 2048",
-            ], next = inout(reg) sums.wrapping_byte_add(4 * TILE) => _, a = inout(reg) a => _, b = inout(reg) b => _,);
+            ], next = inout(reg) sums.wrapping_byte_add(4 * TILE) => _,
+                a = inout(reg) a => _, b = inout(reg) b => _,);
         }
     }
 
