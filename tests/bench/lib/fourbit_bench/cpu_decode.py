@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from fourbit_bench.cpu_models import in_format, linear_elements, llama
 from fourbit_bench.cpu_products import PACKED
@@ -35,7 +37,7 @@ def rows(*, small: bool) -> Iterator[Row]:
             module.support_avx512bf16_for_cpu = False
     taken: dict[str, list[float]] = {OURS: [], DENSE: [], REPACKED: []}
     for model in models.values():
-        _generate(model, prompt, 2)
+        _seconds_a_token(model, prompt, 2)
     for _ in range(turns):
         for name, model in models.items():
             taken[name].append(_seconds_a_token(model, prompt, tokens))
@@ -52,25 +54,33 @@ def rows(*, small: bool) -> Iterator[Row]:
     )
 
 
-def _generate(model: Any, prompt: torch.Tensor, tokens: int) -> None:
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when ``generate`` hands over the prompt, and then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _seconds_a_token(model: Any, prompt: torch.Tensor, tokens: int) -> float:
+    """The median over those after the first, which reads the prompt."""
+    clock = _Clock()
     with torch.inference_mode():
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
+            min_new_tokens=1 + tokens,
+            max_new_tokens=1 + tokens,
             do_sample=False,
+            streamer=clock,
         )
-
-
-def _seconds_a_token(model: Any, prompt: torch.Tensor, tokens: int) -> float:
-    """Of those after the first, which reads the prompt."""
-    times = []
-    for count in (1, 1 + tokens):
-        started = time.perf_counter()
-        _generate(model, prompt, count)
-        times.append(time.perf_counter() - started)
-    return (times[1] - times[0]) / tokens
+    _, *made = clock.times
+    return statistics.median(after - before for before, after in itertools.pairwise(made))
 
 
 def _was_repacked(model: Any) -> bool:
