@@ -23,7 +23,7 @@ use super::tile::Tile;
 pub(super) struct Avx512;
 
 entry_points!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl", 8, {
-    1 => (1, false), 2 => (1, false), 3 => (4, false), 4 => (4, true),
+    1 => (4, false), 2 => (4, false), 3 => (4, false), 4 => (4, true),
     5 => (2, false), 6 => (2, true), 7 => (2, true), 8 => (2, true)
 }, {
     1 => (4, false), 2 => (4, false), 3 => (4, true), 4 => (4, true),
@@ -107,6 +107,39 @@ impl Kernel for Avx512 {
     #[inline(always)]
     unsafe fn total(sum: __m512) -> f32 {
         unsafe { _mm512_reduce_add_ps(sum) }
+    }
+
+    #[inline(always)]
+    unsafe fn totals<const R: usize>(sums: [__m512; R]) -> [f32; R] {
+        unsafe {
+            let mut totals = sums.map(|_| 0.0);
+            let mut fours = sums.chunks_exact(4);
+            for (four, totals) in (&mut fours).zip(totals.chunks_exact_mut(4)) {
+                // Lanes of two registers side by side, then of four; all at once, as the chain of
+                // additions is what takes long.
+                let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let low = _mm512_castps_pd(pair(four[0], four[1]));
+                let high = _mm512_castps_pd(pair(four[2], four[3]));
+                let lanes = _mm512_add_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)),
+                );
+                let halves = _mm256_add_ps(
+                    _mm512_castps512_ps256(lanes),
+                    _mm512_extractf32x8_ps::<1>(lanes),
+                );
+                let quarters = _mm_add_ps(
+                    _mm256_castps256_ps128(halves),
+                    _mm256_extractf128_ps::<1>(halves),
+                );
+                _mm_storeu_ps(totals.as_mut_ptr(), quarters);
+            }
+            let done = R - fours.remainder().len();
+            for (total, sum) in totals[done..].iter_mut().zip(&sums[done..]) {
+                *total = Self::total(*sum);
+            }
+            totals
+        }
     }
 
     #[inline(always)]

@@ -1,6 +1,8 @@
 //! From a backend to its code: the only place that calls functions of a target feature.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::operand::Order;
 use super::tile::Tile;
 use crate::blockwise::Kind;
@@ -104,6 +106,11 @@ impl Kernel {
         }
     }
 
+    /// Columns of a step; none for the scalar kernel.
+    pub(super) fn step(self) -> usize {
+        self.order().len()
+    }
+
     /// The order of a step's columns; nothing for the scalar kernel.
     pub(super) fn order(self) -> Order {
         match self.0 {
@@ -140,6 +147,16 @@ impl Kernel {
             transposed(tile, rows, y, stride, sums),
             unreachable!()
         );
+    }
+
+    /// Asks for some memory, soon to be read.
+    pub(super) fn ask(self, memory: Range<*const u8>) {
+        call!(self, ask(memory), ());
+    }
+
+    /// [`super::loops::arrange`]
+    pub(super) fn arrange(self, numbers: &[f32], row: usize, rows: usize, x: &mut [f32]) {
+        call!(self, arrange(numbers, row, rows, x), unreachable!());
     }
 
     /// [`super::loops::dots`]

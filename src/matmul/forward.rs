@@ -1,8 +1,9 @@
 //! `x W^T`: threads take tiles of rows of the weight.
 
 use super::choice::Kernel;
+use super::loops::MOST_ROWS_OF_STREAMS;
 use super::matrix::{DecodedRows, PackedMatrix, RowScales};
-use super::tile::{TILE_ROWS, Tile};
+use super::tile::{MOST_TASK_ROWS, TILE_ROWS, Tile};
 use super::{is_small, operand, scalar};
 use crate::blockwise::convert;
 use crate::layout::check_length;
@@ -12,9 +13,6 @@ use crate::{Backend, Element, Result, team};
 /// two cores, 0.51 ms for one row without them and 0.62 for two; 0.7 for up to 16 with them.
 #[cfg(target_arch = "x86_64")]
 const FEWEST_FOR_TILES: usize = 3;
-
-/// The most rows of the weight that a thread takes at a time.
-const MOST_TASK_ROWS: usize = 4 * TILE_ROWS;
 
 /// `x W^T + bias` into `output`, [rows, out].
 ///
@@ -108,8 +106,7 @@ fn multiply_group<T: Element>(
     let outs = matrix.out_features;
     let rows = output.len() / outs;
     let fused = matrix.is_regular() && !kernel.is_scalar();
-    let order = if fused { kernel.order() } else { Vec::new() };
-    let operand = operand::arrange(backend, x, rows, &order);
+    let operand = operand::arrange(backend, x, rows, fused.then_some(kernel));
     let x = operand.numbers();
     let scales = RowScales::new(backend, matrix);
     let decoder = (!fused && !kernel.is_scalar()).then(|| DecodedRows::new(backend, matrix));
@@ -121,16 +118,28 @@ fn multiply_group<T: Element>(
         .div_ceil(4 * team::threads())
         .next_multiple_of(TILE_ROWS);
     let task_rows = share.min(MOST_TASK_ROWS);
+    let tile_rows = if rows <= MOST_ROWS_OF_STREAMS {
+        task_rows
+    } else {
+        TILE_ROWS
+    };
     let tasks = columns.chunks_mut(task_rows * rows).enumerate().collect();
+    // Where a thread is likely to go on; the first tasks have nobody who asked for their scales.
+    let onward = team::threads().min(outs.div_ceil(task_rows)) * task_rows;
     team::each(tasks, |(index, sums): (usize, &mut [f32])| {
         let (mut decoded, mut row) = (scales.buffer(task_rows), Vec::new());
         let first = index * task_rows;
+        if fused {
+            kernel.ask(scales.memory(first + onward, task_rows));
+        }
         let scales = scales.decode(first, sums.len() / rows, &mut decoded);
         if fused {
-            let tile_scales = TILE_ROWS * matrix.in_features / matrix.block_size.get();
-            for (index, sums) in sums.chunks_mut(TILE_ROWS * rows).enumerate() {
-                let (first, scales) = (first + index * TILE_ROWS, &scales[index * tile_scales..]);
-                let tile = Tile::new(matrix, scales, first, sums.len() / rows);
+            let tile_scales = tile_rows * matrix.in_features / matrix.block_size.get();
+            for (index, sums) in sums.chunks_mut(tile_rows * rows).enumerate() {
+                let (start, scales) = (index * tile_rows, &scales[index * tile_scales..]);
+                let last = start + tile_rows >= task_rows;
+                let next = if last { onward - start } else { tile_rows };
+                let tile = Tile::new(matrix, scales, first + start, sums.len() / rows, next);
                 kernel.forward(tile, rows, x, sums);
             }
         } else if let Some(decoder) = &decoder {

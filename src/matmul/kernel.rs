@@ -43,6 +43,12 @@ pub(super) trait Kernel {
     unsafe fn add_product(sum: Self::Sum, a: Self::Sum, b: Self::Sum) -> Self::Sum;
     /// The sum of all lanes.
     unsafe fn total(sum: Self::Sum) -> f32;
+    /// [`Self::total`] of several.
+    #[inline(always)]
+    unsafe fn totals<const R: usize>(sums: [Self::Sum; R]) -> [f32; R] {
+        // SAFETY: the caller answers for the features.
+        sums.map(|sum| unsafe { Self::total(sum) })
+    }
 
     /// Reads the numbers of a part.
     unsafe fn load(at: *const f32) -> Self::Values;
@@ -108,6 +114,24 @@ macro_rules! entry_points {
                     _ => unreachable!("more rows than the loops take"),
                 }
             }
+        }
+
+        /// Asks for some memory, soon to be read.
+        #[target_feature(enable = $features)]
+        pub(in crate::matmul) fn ask(memory: std::ops::Range<*const u8>) {
+            let mut line = memory.start;
+            while line < memory.end {
+                // SAFETY: this function has the features of the kernel.
+                unsafe { <$kernel>::prefetch(line) };
+                line = line.wrapping_add(64);
+            }
+        }
+
+        /// [`loops::arrange`]
+        #[target_feature(enable = $features)]
+        pub(in crate::matmul) fn arrange(numbers: &[f32], row: usize, rows: usize, x: &mut [f32]) {
+            // SAFETY: this function has the features of the kernel.
+            unsafe { loops::arrange::<$kernel>(numbers, row, rows, x) }
         }
 
         /// [`loops::dots`]

@@ -13,7 +13,10 @@
 #![allow(clippy::needless_range_loop, clippy::manual_memcpy)]
 
 use super::kernel::Kernel;
-use super::tile::{Place, TILE_ROWS, Tile, ahead, columns_at_a_time, each_step};
+use super::tile::{NextTile, Place, Streams, TILE_ROWS, Tile, columns_at_a_time, each_step};
+
+/// Up to how many rows of `x` a weight is read in streams.
+pub(super) const MOST_ROWS_OF_STREAMS: usize = 2;
 
 /// `x W^T`: sums [count, M] of a tile's rows with `M` rows of `x`, `R` rows of the weight at a time.
 /// With `EARLY`, scales are applied to the numbers, else to sums.
@@ -32,22 +35,99 @@ pub(super) unsafe fn forward<K: Kernel, const R: usize, const M: usize, const EA
     // SAFETY: the caller answers for the features. A tile has the codes and scales of all its rows
     // and columns; x has `M * STEP` numbers for each step begun.
     unsafe {
+        if M <= MOST_ROWS_OF_STREAMS {
+            forward_in_streams::<K, R, M, EARLY>(tile, x, sums);
+        } else {
+            forward_in_chunks::<K, R, M, EARLY>(tile, x, sums);
+        }
+    }
+}
+
+/// [`forward`] with each row read from its first column to its last, and every row of the `R` at
+/// the head of a run of rows, so that the weight comes in `R` streams.
+///
+/// Reading is all that has to happen here, and the processor's own prefetching follows a stream for
+/// some lines, up to a page's end. Two cores of Sapphire Rapids, 4096 columns, from memory: 20.5
+/// GB/s in one stream, 25.7 in four where a loop that only reads got 30.0.
+///
+/// # Safety
+/// As for [`forward`].
+#[inline(always)]
+unsafe fn forward_in_streams<K: Kernel, const R: usize, const M: usize, const EARLY: bool>(
+    tile: Tile<'_>,
+    x: &[f32],
+    sums: &mut [f32],
+) {
+    let columns = tile.matrix.in_features;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let table = K::table(tile.matrix.codebook.values());
+        let apart = tile.count.div_ceil(R);
+        let streams = Streams::<R>::new(&tile, apart);
+        for row in 0..apart {
+            let place = Place::<R>::new(&tile, row, apart);
+            let mut totals = [[K::splat(0.0); M]; R];
+            each_step!(
+                tile,
+                K,
+                place,
+                0,
+                columns,
+                |column| streams.ask::<K>((row * columns + column) / 2),
+                |codes, scales| {
+                    let x = x.as_ptr().add(column * M);
+                    add_step::<K, R, M, EARLY>(table, codes, scales, x, &mut totals);
+                }
+            );
+            for m in 0..M {
+                let column = totals.map(|totals| totals[m]);
+                let rows = sums.iter_mut().skip(row * M + m).step_by(apart * M);
+                for (sum, total) in rows.zip(K::totals(column)) {
+                    *sum = total;
+                }
+            }
+        }
+    }
+}
+
+/// [`forward`] with as many columns at a time for all rows as `x` stays in the first-level cache.
+///
+/// # Safety
+/// As for [`forward`].
+#[inline(always)]
+unsafe fn forward_in_chunks<K: Kernel, const R: usize, const M: usize, const EARLY: bool>(
+    tile: Tile<'_>,
+    x: &[f32],
+    sums: &mut [f32],
+) {
+    let columns = tile.matrix.in_features;
+    assert!(tile.count <= TILE_ROWS);
+    // SAFETY: the caller's promise.
+    unsafe {
         let table = K::table(tile.matrix.codebook.values());
         let mut totals = [[K::splat(0.0); M]; TILE_ROWS];
-        let chunk = columns_at_a_time(K::STEP, M, columns);
-        let mut ahead = ahead(&tile, R == 1 && chunk >= columns);
-        for from in (0..columns).step_by(chunk.max(1)) {
+        let mut next = NextTile::new(&tile);
+        let chunk = columns_at_a_time(K::STEP, M);
+        for from in (0..columns).step_by(chunk) {
             let to = columns.min(from + chunk);
             for row in (0..tile.count).step_by(R) {
-                let place = Place::<R>::new(&tile, row);
+                let place = Place::<R>::new(&tile, row, 1);
                 let mut sums = [[K::splat(0.0); M]; R];
                 for r in 0..R {
                     sums[r] = totals[row + r];
                 }
-                each_step!(tile, K, place, from, to, ahead, |column, codes, scales| {
-                    let x = x.as_ptr().add(column * M);
-                    add_step::<K, R, M, EARLY>(table, codes, scales, x, &mut sums);
-                });
+                each_step!(
+                    tile,
+                    K,
+                    place,
+                    from,
+                    to,
+                    |column| next.ask::<K>(R),
+                    |codes, scales| {
+                        let x = x.as_ptr().add(column * M);
+                        add_step::<K, R, M, EARLY>(table, codes, scales, x, &mut sums);
+                    }
+                );
                 for r in 0..R {
                     totals[row + r] = sums[r];
                 }
@@ -145,22 +225,34 @@ pub(super) unsafe fn transposed<K: Kernel, const R: usize, const M: usize, const
     // and columns; there are `M * STEP` sums for each step begun.
     unsafe {
         let table = K::table(tile.matrix.codebook.values());
-        let chunk = columns_at_a_time(K::STEP, M, columns);
-        let mut ahead = ahead(&tile, R == 1 && chunk >= columns);
-        for from in (0..columns).step_by(chunk.max(1)) {
+        let mut next = NextTile::new(&tile);
+        let chunk = if M <= MOST_ROWS_OF_STREAMS {
+            columns.max(1)
+        } else {
+            columns_at_a_time(K::STEP, M)
+        };
+        for from in (0..columns).step_by(chunk) {
             let to = columns.min(from + chunk);
             for row in (0..tile.count).step_by(R) {
-                let place = Place::<R>::new(&tile, row);
+                let place = Place::<R>::new(&tile, row, 1);
                 let mut factors = [[K::splat(0.0); M]; R];
                 for r in 0..R.min(tile.count - row) {
                     for m in 0..M {
                         factors[r][m] = K::splat(y[m * stride + row + r]);
                     }
                 }
-                each_step!(tile, K, place, from, to, ahead, |column, codes, scales| {
-                    let sums = sums.as_mut_ptr().add(column * M);
-                    spread_step::<K, R, M, EARLY>(table, codes, scales, factors, sums);
-                });
+                each_step!(
+                    tile,
+                    K,
+                    place,
+                    from,
+                    to,
+                    |column| next.ask::<K>(R),
+                    |codes, scales| {
+                        let sums = sums.as_mut_ptr().add(column * M);
+                        spread_step::<K, R, M, EARLY>(table, codes, scales, factors, sums);
+                    }
+                );
             }
         }
     }
@@ -197,6 +289,28 @@ unsafe fn spread_step<K: Kernel, const R: usize, const M: usize, const EARLY: bo
                     sum = K::add_scaled(sum, values[r], factors[r][m]);
                 }
                 K::store(sum, at);
+            }
+        }
+    }
+}
+
+/// Puts a row of `x`, `numbers`, where it belongs among `rows` of them: [steps, rows, columns of a
+/// step], in the kernel's order. `x` is to be filled up with zeros.
+///
+/// # Safety
+/// The processor has the features of `K`.
+#[inline(always)]
+pub(super) unsafe fn arrange<K: Kernel>(numbers: &[f32], row: usize, rows: usize, x: &mut [f32]) {
+    let steps = x.chunks_exact_mut(K::STEP).skip(row).step_by(rows);
+    for (target, source) in steps.zip(numbers.chunks(K::STEP)) {
+        if source.len() == K::STEP {
+            for (place, number) in target.iter_mut().enumerate() {
+                // SAFETY: a step has as many columns as places.
+                *number = unsafe { *source.get_unchecked(K::column(place)) };
+            }
+        } else {
+            for (place, number) in target.iter_mut().enumerate() {
+                *number = source.get(K::column(place)).copied().unwrap_or(0.0);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! A packed weight, and the scales of some of its rows.
 
+use std::ops::Range;
+
 use crate::blockwise::Coder;
 use crate::layout::{Layout, NESTED_BLOCK_SIZE, check_length};
 use crate::{Backend, BlockSize, Codebook, Result};
@@ -72,7 +74,7 @@ impl<'a> PackedMatrix<'a> {
     }
 
     /// The blocks that a run of rows touches.
-    fn blocks(&self, first: usize, count: usize) -> std::ops::Range<usize> {
+    fn blocks(&self, first: usize, count: usize) -> Range<usize> {
         let size = self.block_size.get();
         let (start, end) = (first * self.in_features, (first + count) * self.in_features);
         start / size..end.div_ceil(size)
@@ -106,6 +108,20 @@ impl<'a> RowScales<'a> {
         // Rows may begin and end inside blocks, and decoding begins with a block of scales.
         let blocks = (rows * self.matrix.in_features) / self.matrix.block_size.get() + 2;
         vec![0.0; NESTED_BLOCK_SIZE.get() + blocks + Self::PADDING]
+    }
+
+    /// Where that lies which [`Self::decode`] reads for these rows, as far as there are such.
+    pub(super) fn memory(&self, first: usize, count: usize) -> Range<*const u8> {
+        let outs = self.matrix.out_features;
+        let first = first.min(outs);
+        let blocks = self.matrix.blocks(first, count.min(outs - first));
+        match self.matrix.scales {
+            Scales::Plain(absmax) => {
+                let found = absmax[blocks].as_ptr_range();
+                found.start.cast()..found.end.cast()
+            }
+            Scales::Double { codes, .. } => codes[blocks].as_ptr_range(),
+        }
     }
 
     /// The scales of the blocks that these rows touch, with some padding behind.

@@ -1,5 +1,6 @@
 //! The rows of `x` in the order in which a kernel's numbers come.
 
+use super::choice::Kernel;
 use crate::blockwise::convert;
 use crate::{Backend, Element};
 
@@ -40,27 +41,25 @@ impl Aligned {
 /// The order of a step: which column is at each place.
 pub(super) type Order = Vec<u8>;
 
-/// [rows, columns] as [steps, rows, columns of a step] in `order`, filled up with zeros; as it is
-/// where there is no order.
-pub(super) fn arrange<T: Element>(backend: Backend, x: &[T], rows: usize, order: &[u8]) -> Aligned {
-    let step = order.len();
-    if step == 0 {
+/// [rows, columns] as [steps, rows, columns of a step] in the order of a kernel, filled up with
+/// zeros; as it is where the kernel does not read codes.
+pub(super) fn arrange<T: Element>(
+    backend: Backend,
+    x: &[T],
+    rows: usize,
+    kernel: Option<Kernel>,
+) -> Aligned {
+    let Some(kernel) = kernel else {
         let mut numbers = Aligned::new(x.len());
         convert(backend, x, numbers.numbers_mut());
         return numbers;
-    }
+    };
     let columns = x.len() / rows.max(1);
-    let mut arranged = Aligned::new(columns.div_ceil(step) * rows * step);
-    let mut straight = vec![0.0_f32; columns.next_multiple_of(step)];
+    let mut arranged = Aligned::new(columns.next_multiple_of(kernel.step()) * rows);
+    let mut numbers = vec![0.0_f32; columns];
     for (row, x) in x.chunks_exact(columns.max(1)).enumerate() {
-        convert(backend, x, &mut straight[..columns]);
-        let places = arranged.numbers_mut().chunks_exact_mut(step);
-        let targets = places.skip(row).step_by(rows);
-        for (target, source) in targets.zip(straight.chunks_exact(step)) {
-            for (number, &column) in target.iter_mut().zip(order) {
-                *number = source[usize::from(column)];
-            }
-        }
+        convert(backend, x, &mut numbers);
+        kernel.arrange(&numbers, row, rows, arranged.numbers_mut());
     }
     arranged
 }

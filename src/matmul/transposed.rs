@@ -128,7 +128,7 @@ fn multiply_group<T: Element>(
             let count = TILE_ROWS.min(rows_of_run.end - first);
             let scales = scales.decode(first, count, &mut decoded);
             if fused {
-                let tile = Tile::new(matrix, scales, first, count);
+                let tile = Tile::new(matrix, scales, first, count, count);
                 kernel.transposed(tile, rows, &y[first..], outs, sums);
             } else if let Some(decoder) = &decoder {
                 for index in first..first + count {
