@@ -78,6 +78,52 @@ impl<'a> Rows<'a> {
         self.codes.len() / self.bytes
     }
 
+    /// One step of `count` rows from `first` on, one after the other, as [`Rows::step`] gives it;
+    /// what hangs on the step alone is worked out once.
+    ///
+    /// # Safety
+    /// As for [`Rows::step`], for all rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub(super) unsafe fn each_row<const SMALL: bool>(
+        &self,
+        first: usize,
+        count: usize,
+        step: usize,
+        mut take: impl FnMut(usize, [__m512i; VECTORS]),
+    ) {
+        let start = step * STEP / 2;
+        if start + STEP / 2 > self.bytes {
+            for place in 0..count {
+                // SAFETY: the caller's promise.
+                take(place, unsafe { self.step::<SMALL>(first + place, step) });
+            }
+            return;
+        }
+        let block = first * self.blocks + ((step * STEP) >> self.block_bits);
+        let mut at = self.codes[first * self.bytes + start..].as_ptr();
+        let mut scales = self.scales[block..].as_ptr();
+        let quarter = (STEP / 4) >> self.block_bits;
+        let half = (STEP / 2) >> self.block_bits;
+        for place in 0..count {
+            // SAFETY: the row's codes are there, 64 bytes from the step's first on, and its scales.
+            unsafe {
+                let scale = |column: usize| match column {
+                    0 => *scales,
+                    32 => *scales.add(quarter),
+                    64 => *scales.add(half),
+                    _ => *scales.add(half + quarter),
+                };
+                take(
+                    place,
+                    self.look_up::<SMALL>(_mm512_loadu_si512(at.cast()), scale),
+                );
+            }
+            at = at.wrapping_add(self.bytes);
+            scales = scales.wrapping_add(self.blocks);
+        }
+    }
+
     /// The columns of one step of one row; behind the last column are numbers that are finite if
     /// the row's are.
     ///
@@ -150,12 +196,17 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Asks for a line of codes, counted from the first row's; it may be behind the last.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn prefetch(&self, line: usize) {
-        _mm_prefetch::<_MM_HINT_T1>(self.codes.as_ptr().wrapping_add(line * 64).cast());
+    /// Where a row's codes begin; it may be behind the last.
+    pub(super) fn row(&self, row: usize) -> *const u8 {
+        self.codes.as_ptr().wrapping_add(row * self.bytes)
     }
+}
+
+/// Asks for a line of memory, whatever its address.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn prefetch(line: *const u8) {
+    _mm_prefetch::<_MM_HINT_T1>(line.cast());
 }
 
 /// `a & b | c`.

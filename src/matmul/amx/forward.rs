@@ -19,17 +19,18 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::decode::{Rows, STEP, VECTORS};
+use super::decode::{Rows, STEP, VECTORS, prefetch};
 use super::memory::{OPERAND, TASK, with_memory};
 use super::shuffle::{load, to_decoded_order, transpose};
 use super::tiles::{DEPTH, ROW, ROWS, TILE, Tiles};
 use super::{Shared, rows_at_once};
+use crate::matmul::avx512;
 use crate::matmul::matrix::{PackedMatrix, RowScales};
 use crate::{Backend, team};
 
 /// Steps of columns that are decoded at a time: for few rows of `x` what stays in the first-level
 /// cache, for many such that sums are not moved too often.
-const CHUNK_FOR_FEW: usize = 2;
+const CHUNK_FOR_FEW: usize = 4;
 const CHUNK_FOR_MANY: usize = 4;
 /// Rows of the weight that are decoded at a time: two tiles.
 const PANEL: usize = 2 * ROWS;
@@ -74,6 +75,7 @@ pub(in crate::matmul) fn multiply(
                 matrix,
                 bias,
                 output: Shared(output.as_mut_ptr()),
+                onward: team::threads() * task_rows,
             };
             let product = &product;
             let task = |index: usize| {
@@ -198,6 +200,8 @@ struct Product<'a> {
     matrix: &'a PackedMatrix<'a>,
     bias: Option<&'a [bf16]>,
     output: Shared<bf16>,
+    /// Rows from a task to the one that the thread is likely to take next.
+    onward: usize,
 }
 
 // SAFETY: the packed operand is only read while tasks run.
@@ -222,6 +226,7 @@ impl Product<'_> {
         let sums_bytes = panels * groups * SUMS;
         let scales = RowScales::new(backend, self.matrix);
         let mut scale_memory = scales.buffer(count);
+        avx512::ask(scales.memory(first + self.onward, count));
         let scales = scales.decode(first, count, &mut scale_memory);
         with_memory(&TASK, decoded_bytes + sums_bytes, |memory| {
             let decoded = memory.as_mut_ptr().cast::<u8>();
@@ -237,13 +242,45 @@ impl Product<'_> {
                 } else {
                     Tiles::whole()
                 };
+                // Where memory is asked for while a chunk is worked on: lines of the next panel.
+                let ahead = |panel: usize, lines: usize| {
+                    let last = panel + 1 == panels;
+                    let next = if last {
+                        self.onward
+                    } else {
+                        (panel + 1) * PANEL
+                    };
+                    rows.row(next).wrapping_add(lines * STEP / 2)
+                };
+                // Half of them while decoding, where the product asks for the others.
+                let all = !operand.is_few();
+                let decode = |panel: usize, chunk: usize| {
+                    let ahead = ahead(
+                        panel,
+                        if all {
+                            chunk * PANEL
+                        } else {
+                            chunk * PANEL / 2
+                        },
+                    );
+                    decode(
+                        &rows,
+                        panel * PANEL,
+                        chunk,
+                        chunk_steps,
+                        ahead,
+                        all,
+                        decoded,
+                    );
+                };
                 let multiply = |panel: usize, chunk: usize, group: usize| {
                     let deep = chunk_steps.min(operand.steps - chunk) * VECTORS;
                     let at = (group * depth + chunk * VECTORS) * operand.group_bytes();
                     let b = self.packed.add(at);
                     let sums = sums.add((panel * groups + group) * SUMS).cast();
                     if operand.is_few() {
-                        tiles.two_by_few(decoded, b, sums, deep, chunk == 0);
+                        let ahead = ahead(panel, (operand.steps + chunk) * PANEL / 2);
+                        tiles.two_by_few(decoded, b, sums, deep, chunk == 0, ahead);
                     } else {
                         tiles.two_by_two(decoded, b, sums, deep, chunk == 0);
                     }
@@ -252,14 +289,14 @@ impl Product<'_> {
                 if operand.is_few() {
                     for panel in 0..panels {
                         for chunk in chunks.clone() {
-                            decode(&rows, panel * PANEL, chunk, chunk_steps, decoded);
+                            decode(panel, chunk);
                             multiply(panel, chunk, 0);
                         }
                     }
                 } else {
                     for chunk in chunks {
                         for panel in 0..panels {
-                            decode(&rows, panel * PANEL, chunk, chunk_steps, decoded);
+                            decode(panel, chunk);
                             (0..groups).for_each(|group| multiply(panel, chunk, group));
                         }
                     }
@@ -332,21 +369,30 @@ impl Product<'_> {
     }
 }
 
-/// Decodes a chunk of a panel's rows into [depth, 2 tiles], with zeros for rows that are not there,
-/// and asks for the codes of the next panel, line by line as they lie in memory: so the processor
-/// foresees the rest, which it does not where it sees a few lines of each row.
+/// Decodes a chunk of a panel's rows into [depth, 2 tiles], with zeros for rows that are not there.
+/// For each step of a row, or of two unless `all`, it asks for a line of memory from `ahead` on:
+/// codes of the next panel as they lie, so that the processor foresees the rest, which it does not
+/// where it sees a few lines of each row.
 ///
 /// # Safety
 /// The backend has tiles; the target has as many bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn decode(rows: &Rows<'_>, first: usize, chunk: usize, chunk_steps: usize, target: *mut u8) {
+unsafe fn decode(
+    rows: &Rows<'_>,
+    first: usize,
+    chunk: usize,
+    chunk_steps: usize,
+    ahead: *const u8,
+    all: bool,
+    target: *mut u8,
+) {
     let steps = chunk_steps.min(rows.steps() - chunk);
     // SAFETY: the caller's promises.
     unsafe {
         if rows.has_small_blocks() {
-            decode_blocks::<true>(rows, first, chunk, steps, target);
+            decode_blocks::<true>(rows, first, chunk, steps, ahead, all, target);
         } else {
-            decode_blocks::<false>(rows, first, chunk, steps, target);
+            decode_blocks::<false>(rows, first, chunk, steps, ahead, all, target);
         }
     }
 }
@@ -359,22 +405,26 @@ unsafe fn decode_blocks<const SMALL: bool>(
     first: usize,
     chunk: usize,
     steps: usize,
+    ahead: *const u8,
+    all: bool,
     target: *mut u8,
 ) {
     let count = PANEL.min(rows.count() - first);
-    let mut line = (first + PANEL) * rows.steps() + chunk * PANEL;
+    let mut ahead = ahead;
     // SAFETY: the target has room for a panel; only rows and steps that are there are decoded.
     unsafe {
-        for place in 0..count {
-            for step in 0..steps {
-                let numbers = rows.step::<SMALL>(first + place, chunk + step);
-                rows.prefetch(line);
-                line += 1;
-                let target = target.add((step * VECTORS * PANEL + place) * ROW);
-                for (vector, numbers) in numbers.into_iter().enumerate() {
-                    _mm512_storeu_si512(target.add(vector * PANEL * ROW).cast(), numbers);
+        for step in 0..steps {
+            let target = target.add(step * VECTORS * PANEL * ROW);
+            rows.each_row::<SMALL>(first, count, chunk + step, |place, numbers| {
+                if all || place % 2 == 0 {
+                    prefetch(ahead);
+                    ahead = ahead.wrapping_add(STEP / 2);
                 }
-            }
+                for (vector, numbers) in numbers.into_iter().enumerate() {
+                    let target = target.add((vector * PANEL + place) * ROW);
+                    _mm512_storeu_si512(target.cast(), numbers);
+                }
+            });
         }
         for place in count..PANEL {
             for depth in 0..steps * VECTORS {

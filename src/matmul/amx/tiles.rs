@@ -208,7 +208,8 @@ impl Tiles {
     }
 
     /// Products of two tiles of `A` with one narrow one of `B`: sums [parity of depth, a], in
-    /// tiles of their own so that one need not wait for the other.
+    /// tiles of their own so that one need not wait for the other. Meanwhile memory is asked for
+    /// four lines for each of the depth, from `ahead` on, which may be any address.
     ///
     /// # Safety
     /// The configuration is [`Tiles::few_columns`]; `a` points to `2 * depth` tiles, [depth, 2],
@@ -221,24 +222,34 @@ impl Tiles {
         sums: *mut f32,
         depth: usize,
         from_zero: bool,
+        ahead: *const u8,
     ) {
         // SAFETY: the caller's promises.
         unsafe {
             products!(sums, from_zero, depth / 2, [
                 "tileloadd tmm4, [{b} + {few}*1]",
                 "tileloadd tmm6, [{a} + {row}*1]",
+                "prefetcht1 [{ahead}]",
+                "prefetcht1 [{ahead} + 64]",
                 "tdpbf16ps tmm0, tmm6, tmm4",
                 "tileloadd tmm7, [{a} + {row}*1 + 1024]",
+                "prefetcht1 [{ahead} + 128]",
+                "prefetcht1 [{ahead} + 192]",
                 "tdpbf16ps tmm1, tmm7, tmm4",
                 "add {b}, {step}",
                 "tileloadd tmm5, [{b} + {few}*1]",
                 "tileloadd tmm6, [{a} + {row}*1 + 2048]",
+                "prefetcht1 [{ahead} + 256]",
+                "prefetcht1 [{ahead} + 320]",
                 "tdpbf16ps tmm2, tmm6, tmm5",
                 "tileloadd tmm7, [{a} + {row}*1 + 3072]",
+                "prefetcht1 [{ahead} + 384]",
+                "prefetcht1 [{ahead} + 448]",
                 "tdpbf16ps tmm3, tmm7, tmm5",
                 "add {a}, 4096",
                 "add {b}, {step}",
-            ], a = inout(reg) a => _, b = inout(reg) b => _,
+                "add {ahead}, 512",
+            ], a = inout(reg) a => _, b = inout(reg) b => _, ahead = inout(reg) ahead => _,
                 few = in(reg) 4 * self.few, step = in(reg) ROW * self.few,);
         }
     }

@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::decode::{Rows, STEP, VECTORS};
+use super::decode::{Rows, STEP, VECTORS, prefetch};
 use super::memory::{OPERAND, TASK, with_memory};
 use super::shuffle::{from_decoded_order, pair, unpaired};
 use super::tiles::{DEPTH, ROW, ROWS, TILE, Tiles};
@@ -287,7 +287,7 @@ unsafe fn decode<const SMALL: bool>(
         unsafe {
             let numbers = |row: usize| {
                 if row < rows.count() {
-                    rows.prefetch((row + AHEAD) * rows.steps() + step);
+                    prefetch(rows.row(row + AHEAD).wrapping_add(step * STEP / 2));
                     rows.step::<SMALL>(row, step)
                 } else {
                     [_mm512_setzero_si512(); VECTORS]
