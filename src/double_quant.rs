@@ -3,9 +3,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::blockwise::Coder;
+use crate::blockwise::{Coder, ScaleDecoder};
 use crate::layout::{Layout, NESTED_BLOCK_SIZE, check_length};
-use crate::sums::{LANES, add_offset, add_rows, shift};
+use crate::sums::{LANES, add_rows, shift};
 use crate::{Backend, Codebook, Error, Result, blockwise, team};
 
 /// Scales that are summed as a unit: one warp's work on a GPU, four registers' on a CPU.
@@ -150,7 +150,7 @@ pub fn quantize_with_offset(
 ) -> Result<()> {
     check_lengths(absmax.len(), codes.len(), nested_absmax.len())?;
     let backend = Backend::detect()?;
-    let coder = coder(backend);
+    let coder = Coder::new(backend, Codebook::dynamic_signed(), NESTED_BLOCK_SIZE);
     // Whether all was finite.
     let part = |absmax: &[f32], codes: &mut [u8], nested: &mut [f32]| {
         let mut shifted = [0.0; PIECE];
@@ -190,11 +190,6 @@ pub fn quantize_with_offset(
     check_finite(codes, nested_absmax, offset)
 }
 
-/// What encodes and decodes scales.
-fn coder(backend: Backend) -> Coder<'static> {
-    Coder::new(backend, Codebook::dynamic_signed(), NESTED_BLOCK_SIZE)
-}
-
 fn check_lengths(scales: usize, codes: usize, nested: usize) -> Result<()> {
     let layout = Layout::new(scales as u64, NESTED_BLOCK_SIZE, 8);
     check_length("codes", layout.packed_bytes, codes)?;
@@ -229,11 +224,9 @@ pub fn dequantize(
     absmax: &mut [f32],
 ) -> Result<()> {
     check_lengths(absmax.len(), codes.len(), nested_absmax.len())?;
-    let backend = Backend::detect()?;
-    let coder = coder(backend);
+    let decoder = ScaleDecoder::new(Backend::detect()?);
     let part = |codes: &[u8], nested: &[f32], absmax: &mut [f32]| {
-        coder.decode(codes, nested, absmax);
-        add_offset(backend, absmax, offset);
+        decoder.decode(codes, nested, offset, absmax);
     };
     if blockwise::is_small(absmax.len()) {
         part(codes, nested_absmax, absmax);

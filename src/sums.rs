@@ -22,11 +22,6 @@ versions! {
     shift = shift_inlined(numbers: &[f32], offset: f32, shifted: &mut [f32]) -> ()
 }
 
-versions! {
-    /// Adds an offset to numbers.
-    add_offset = add_offset_inlined(numbers: &mut [f32], offset: f32) -> ()
-}
-
 #[inline(always)]
 fn add_rows_inlined(sums: &mut [f64; LANES], rows: &[[f32; LANES]]) {
     // A copy, which the compiler keeps in registers.
@@ -43,12 +38,5 @@ fn add_rows_inlined(sums: &mut [f64; LANES], rows: &[[f32; LANES]]) {
 fn shift_inlined(numbers: &[f32], offset: f32, shifted: &mut [f32]) {
     for (shifted, number) in shifted.iter_mut().zip(numbers) {
         *shifted = number - offset;
-    }
-}
-
-#[inline(always)]
-fn add_offset_inlined(numbers: &mut [f32], offset: f32) {
-    for number in numbers {
-        *number += offset;
     }
 }

@@ -12,6 +12,7 @@
 //! | `avx2`, `avx512`, `neon` | that trait, and the code instantiated with it |
 //! | `search` | a codebook made ready for it |
 //! | `cells` | the 8-bit dynamic maps made ready for it |
+//! | `scales` | scales of double quantization to numbers |
 //! | `backend` | which of them runs |
 //!
 //! Codes are packed high bits first: the first of two 4-bit codes is in the high nibble.
@@ -27,6 +28,7 @@ mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+mod scales;
 mod search;
 mod task;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -40,6 +42,7 @@ pub(crate) use self::cells::{CellWords, Cells};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use self::neon::Neon;
 pub(crate) use self::scalar::{encode_block, normaliser};
+pub(crate) use self::scales::ScaleDecoder;
 use self::search::Search;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use self::vector::{ByteMap, Vector, map_2};
@@ -202,6 +205,18 @@ pub fn dequantize_with<T: Element>(
     Ok(())
 }
 
+/// As [`dequantize`] on the caller's thread, lengths unchecked: the shortest of the slices decides.
+pub(crate) fn decode(
+    backend: Backend,
+    packed: &[u8],
+    absmax: &[f32],
+    codebook: &Codebook,
+    block_size: BlockSize,
+    output: &mut [f32],
+) {
+    task::dequantize_blocks(backend, packed, absmax, codebook, block_size, output, false);
+}
+
 /// A codebook and a backend at hand for many small calls, on the caller's thread.
 pub(crate) struct Coder<'a> {
     backend: Backend,
@@ -222,17 +237,10 @@ impl<'a> Coder<'a> {
         }
     }
 
-    /// As [`dequantize`], lengths unchecked: the shortest of the slices decides.
+    /// [`decode`] with these.
     pub(crate) fn decode(&self, codes: &[u8], absmax: &[f32], output: &mut [f32]) {
-        task::dequantize_blocks(
-            self.backend,
-            codes,
-            absmax,
-            self.codebook,
-            self.block_size,
-            output,
-            false,
-        );
+        let (codebook, block_size) = (self.codebook, self.block_size);
+        decode(self.backend, codes, absmax, codebook, block_size, output);
     }
 
     /// As [`quantize`], lengths unchecked; whether all of `input` was finite.

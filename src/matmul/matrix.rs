@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::blockwise::Coder;
+use crate::blockwise::{self, ScaleDecoder};
 use crate::layout::{Layout, NESTED_BLOCK_SIZE, check_length};
 use crate::{Backend, BlockSize, Codebook, Result};
 
@@ -89,7 +89,7 @@ pub(super) fn is_regular(code_bits: u32, block_size: BlockSize, in_features: usi
 /// Decodes the scales of some rows at a time.
 pub(super) struct RowScales<'a> {
     matrix: PackedMatrix<'a>,
-    coder: Coder<'static>,
+    decoder: ScaleDecoder,
 }
 
 impl<'a> RowScales<'a> {
@@ -99,7 +99,7 @@ impl<'a> RowScales<'a> {
     pub(super) fn new(backend: Backend, matrix: &PackedMatrix<'a>) -> Self {
         Self {
             matrix: *matrix,
-            coder: Coder::new(backend, Codebook::dynamic_signed(), NESTED_BLOCK_SIZE),
+            decoder: ScaleDecoder::new(backend),
         }
     }
 
@@ -146,15 +146,12 @@ impl<'a> RowScales<'a> {
                 let nested = NESTED_BLOCK_SIZE.get();
                 let from = blocks.start / nested * nested;
                 let length = blocks.end - from;
-                let decoded = &mut buffer[..length];
-                self.coder.decode(
+                self.decoder.decode(
                     &codes[from..blocks.end],
                     &nested_absmax[from / nested..],
-                    decoded,
+                    offset,
+                    &mut buffer[..length],
                 );
-                for scale in decoded {
-                    *scale += offset;
-                }
                 &buffer[blocks.start - from..]
             }
         }
@@ -164,14 +161,14 @@ impl<'a> RowScales<'a> {
 /// Decodes a row at a time, of any width of codes and wherever its blocks begin.
 pub(super) struct DecodedRows<'a> {
     matrix: PackedMatrix<'a>,
-    coder: Coder<'a>,
+    backend: Backend,
 }
 
 impl<'a> DecodedRows<'a> {
     pub(super) fn new(backend: Backend, matrix: &PackedMatrix<'a>) -> Self {
         Self {
             matrix: *matrix,
-            coder: Coder::new(backend, matrix.codebook, matrix.block_size),
+            backend,
         }
     }
 
@@ -190,9 +187,12 @@ impl<'a> DecodedRows<'a> {
         let block = start / size;
         let within = start - block * size;
         buffer.resize(within + columns, 0.0);
-        self.coder.decode(
+        blockwise::decode(
+            self.backend,
             &self.matrix.packed[block * size / per_byte..],
             &scales[block - first * columns / size..],
+            self.matrix.codebook,
+            self.matrix.block_size,
             buffer,
         );
         &buffer[within..]
