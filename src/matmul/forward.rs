@@ -10,7 +10,7 @@ use crate::layout::check_length;
 use crate::{Backend, Element, Result, team};
 
 /// Rows of `x` from which on the tiles of AMX are faster than the loops of AVX-512: 4096 x 4096,
-/// two cores, 0.56 ms for three rows and 0.70 for four without them; 0.70 for up to 16 with them.
+/// two cores, 0.56 ms for three rows and 0.70 for four without them; 0.62 for four with them.
 #[cfg(target_arch = "x86_64")]
 const FEWEST_FOR_TILES: usize = 4;
 

@@ -12,7 +12,9 @@
 //! (`decode`). Seen: 8.8 to 9.2 ms, where torch's dense product takes 10.3. The second-level cache
 //! is what stands between: a tile product waits 11 ns for its operands, of which those of `x` come
 //! from there, although they are asked for ahead. For up to 16 rows the floor is decoding, 0.23 ms
-//! by instructions and 0.31 ms by memory (28 GB/s); seen 0.71 to 0.77.
+//! by instructions and 0.31 ms by memory (28 GB/s); seen 0.62 to 0.69 for four and eight rows, 0.74
+//! for 16. A core waits for no more than some 16 lines at a time that it asked for, so it asks while
+//! it multiplies, too: 0.67 to 0.70 ms where it asked only while decoding.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
