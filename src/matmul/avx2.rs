@@ -28,7 +28,7 @@ pub(super) struct Avx2<const BRAIN: bool>;
 pub(super) mod single {
     use super::*;
     entry_points!(Single, "avx2,f16c,fma", 8, {
-        1 => (2, false), 2 => (2, false), 3 => (1, false), 4 => (1, false),
+        1 => (2, false), 2 => (2, false), 3 => (2, false), 4 => (2, false),
         5 => (1, true), 6 => (1, true), 7 => (1, true), 8 => (1, true)
     }, {
         1 => (2, false), 2 => (2, false), 3 => (2, true), 4 => (2, true),
@@ -39,7 +39,7 @@ pub(super) mod single {
 pub(super) mod brain {
     use super::*;
     entry_points!(Brain, "avx2,f16c,fma", 8, {
-        1 => (2, false), 2 => (2, false), 3 => (1, false), 4 => (1, false),
+        1 => (2, false), 2 => (2, false), 3 => (2, false), 4 => (2, false),
         5 => (1, true), 6 => (1, true), 7 => (1, true), 8 => (1, true)
     }, {
         1 => (2, false), 2 => (2, false), 3 => (2, true), 4 => (2, true),

@@ -6,13 +6,16 @@
 //!
 //! Floor: two ports can take these instructions. A step of 128 columns is 8 look-ups, 7 shifts, one
 //! instruction for the scales, and 9 multiplications a row of `x`: 13 cycles for one row of `x`, 44
-//! for eight. Seen on two cores of Sapphire Rapids: one row of `x` takes 3.0 ns a step from the
-//! second-level cache, 11 cycles or a little more, and 5.1 to 5.3 from memory, where a loop that only
-//! reads takes 4.2 to 4.7; eight rows take 70 cycles, transposed one takes 20 and eight 105. The loop
-//! for eight in C without look-ups or without loads takes 52 and with both 58 to 62: it gets about
-//! one register of 64 bytes a cycle from the first-level cache, and each serves two multiplications.
-//! (In half precision, with AVX512-FP16, one row took 4.8 to 5.0 ns from memory, as widening the sums
-//! takes back what half the look-ups save: 2% of a product.)
+//! for eight. Seen on two cores of Sapphire Rapids at 3.5 GHz and more: one row of `x` takes 4.3 ns a
+//! step from the second-level cache (3.0 where it has 512 columns) and 5.1 to 5.3 from memory, where
+//! a loop that only reads takes 4.2 to 4.7; eight rows take 70 cycles, transposed one takes 20 and
+//! eight 105. The loop for eight in C without look-ups or without loads takes 52 and with both 58 to
+//! 62: it gets about one register of 64 bytes a cycle from the first-level cache, and each serves two
+//! multiplications.
+//!
+//! In half precision, with AVX512-FP16, one row took 3.7 ns from that cache and 4.8 to 5.0 from
+//! memory, as widening the sums takes back most of what half the look-ups save. That made a product
+//! 2% faster, and is not here.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;

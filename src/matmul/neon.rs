@@ -23,7 +23,7 @@ pub(super) struct Neon<const BRAIN: bool>;
 pub(super) mod single {
     use super::*;
     entry_points!(Single, "neon", 8, {
-        1 => (2, false), 2 => (2, false), 3 => (1, false), 4 => (1, false),
+        1 => (2, false), 2 => (2, false), 3 => (2, false), 4 => (2, false),
         5 => (1, false), 6 => (1, true), 7 => (1, true), 8 => (1, true)
     }, {
         1 => (2, false), 2 => (2, false), 3 => (2, true), 4 => (2, true),
@@ -34,7 +34,7 @@ pub(super) mod single {
 pub(super) mod brain {
     use super::*;
     entry_points!(Brain, "neon", 8, {
-        1 => (2, false), 2 => (2, false), 3 => (1, false), 4 => (1, false),
+        1 => (2, false), 2 => (2, false), 3 => (2, false), 4 => (2, false),
         5 => (1, false), 6 => (1, true), 7 => (1, true), 8 => (1, true)
     }, {
         1 => (2, false), 2 => (2, false), 3 => (2, true), 4 => (2, true),
