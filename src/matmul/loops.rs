@@ -54,7 +54,8 @@ pub(super) unsafe fn forward<K: Kernel, const R: usize, const M: usize, const EA
 /// Reading is all that has to happen here, and the processor's own prefetching follows a stream for
 /// some lines, up to a page's end. This loop in C on two cores of Sapphire Rapids, 4096 columns, from
 /// memory: 20.5 GB/s in one stream, 25.7 in four, where a loop that only reads got 30.0. Streams have
-/// to be pages apart: of neighbouring rows, it got 10.
+/// to be pages apart: with nothing asked for ahead, four neighbouring rows came at 10 GB/s and four
+/// runs of rows at 19.
 ///
 /// # Safety
 /// As for [`forward`].
