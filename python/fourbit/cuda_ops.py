@@ -20,7 +20,7 @@ from torch import Tensor
 from fourbit import _core, nvrtc
 from fourbit.codebook import by_name
 from fourbit.layout import NESTED_BLOCK_SIZE, block_count, packed_bytes
-from fourbit.ops import (
+from fourbit.operands import (
     check_device,
     check_float,
     check_operand,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fourbit import ops
 from fourbit.layout import NESTED_BLOCK_SIZE, block_count
+from fourbit.operands import check_device, check_operand, float_bytes
 
 _library = torch.library.Library("fourbit", "FRAGMENT")
 
@@ -87,7 +88,7 @@ def expert_scales(
         )
         pieces.append(decoded[inside - aligned :])
         at = group * per_group + upto
-    return ops.float_bytes(torch.cat(pieces)), None, None
+    return float_bytes(torch.cat(pieces)), None, None
 
 
 @torch.library.impl(_library, "expert_linear", "CompositeExplicitAutograd")
@@ -106,8 +107,8 @@ def _expert_linear(
     transposed: bool,
 ) -> Tensor:
     depth, width = (rows, columns) if transposed else (columns, rows)
-    ops.check_operand(x, depth, "the input")
-    ops.check_device(x, packed)
+    check_operand(x, depth, "the input")
+    check_device(x, packed)
     experts = counts.numel()
     codes, bytes_each = packed.view(-1), packed.numel() // max(1, experts)
     blocks = rows * columns // block_size
@@ -147,8 +148,8 @@ def _expert_linear_fake(
     groups: int,
     transposed: bool,
 ) -> Tensor:
-    ops.check_operand(x, rows if transposed else columns, "the input")
-    ops.check_device(x, packed)
+    check_operand(x, rows if transposed else columns, "the input")
+    check_device(x, packed)
     return x.new_empty((x.shape[0], columns if transposed else rows))
 
 

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fourbit import _core, ops
+from fourbit import _core
 from fourbit.codebook import Codebook
 from fourbit.distributed import is_distributed, whole, write_once
 from fourbit.experts import QuantizedExperts
 from fourbit.names_in_files import NamesInFiles
+from fourbit.operands import float_values
 from fourbit.quantized import QuantizedTensor
 from fourbit.tensor_file import file_dtype
 
@@ -140,7 +141,7 @@ def _stored_parts(
         block_size=plan.block_size,
         dtype=str(plan.dtype).removeprefix("torch."),
         shape=list(plan.shape),
-        nested_offset=None if offset is None else ops.float_values(whole(offset).cpu()).item(),
+        nested_offset=None if offset is None else float_values(whole(offset).cpu()).item(),
     )
     return [
         StoredPart(

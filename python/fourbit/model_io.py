@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fourbit import _core, ops
+from fourbit import _core
 from fourbit._core import CheckpointError
 from fourbit.checkpoint import DEFAULT_MAX_SHARD_BYTES
 from fourbit.codebook import Codebook
@@ -34,6 +34,7 @@ from fourbit.linear import Linear4bit
 from fourbit.lora.attach import has_adapter
 from fourbit.model import compute_with_fourbit, replace_module
 from fourbit.names_in_files import NamesInFiles
+from fourbit.operands import float_bytes
 from fourbit.quantized import QuantizedTensor
 from fourbit.stored_experts import StoredExperts, numbered_groups
 from fourbit.tensor_file import TORCH_DTYPES
@@ -342,7 +343,7 @@ def read_quantized(entry: Any, read: Callable[[str], Tensor]) -> QuantizedTensor
     parts = {part: read(name) for part, name in entry["parts"].items()}
     nested_offset = None
     if entry["double_quant"]:
-        nested_offset = ops.float_bytes(torch.tensor([entry["nested_offset"]], dtype=torch.float32))
+        nested_offset = float_bytes(torch.tensor([entry["nested_offset"]], dtype=torch.float32))
     return QuantizedTensor(
         parts["packed"].reshape(-1, 1),
         parts["absmax"],

@@ -18,34 +18,19 @@ float32 scales; otherwise it holds the 8-bit codes of double quantization.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fourbit import _core
+from fourbit import cpu_ops
 from fourbit.codebook import by_name
+from fourbit.dispatch import only_cpu
 from fourbit.layout import NESTED_BLOCK_SIZE, block_count, packed_bytes
+from fourbit.operands import check_device, check_float, check_operand
 
 _library = torch.library.Library("fourbit", "DEF")
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def float_bytes(constants: Tensor) -> Tensor:
-    """float32 [n] as its bytes, uint8 [4 n], without a copy."""
-    return constants.contiguous().view(torch.uint8)
-
-
-def float_values(stored: Tensor) -> Tensor:
-    """The inverse of `float_bytes`; copies only where the bytes are not aligned."""
-    if stored.data_ptr() % 4 or stored.storage_offset() % 4 or not stored.is_contiguous():
-        stored = stored.clone(memory_format=torch.contiguous_format)
-    return stored.view(-1).view(torch.float32)
-
 
 # --- blockwise quantization ---------------------------------------------------------------------
 
@@ -54,30 +39,6 @@ _library.define(
     "dequantize(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
     "str codebook, int block_size, SymInt[] shape, ScalarType dtype) -> Tensor"
 )
-
-
-def check_float(tensor: Tensor, what: str) -> None:
-    """That a tensor is of a dtype that can be quantized and multiplied."""
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{what} is {tensor.dtype}; use float32, float16 or bfloat16")
-
-
-@torch.library.impl(_library, "quantize", "CPU")
-def _quantize_cpu(input: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:  # noqa: A002
-    check_float(input, "the input")
-    book = by_name(codebook)
-    count = input.numel()
-    packed = torch.empty((packed_bytes(count, book.code_bits), 1), dtype=torch.uint8)
-    absmax = torch.empty(block_count(count, block_size), dtype=torch.float32)
-    _core.quantize(
-        input.detach().contiguous(),
-        book.core,
-        block_size,
-        packed,
-        absmax,
-        threads=torch.get_num_threads(),
-    )
-    return packed, absmax
 
 
 @torch.library.register_fake("fourbit::quantize")
@@ -107,54 +68,6 @@ def quantize(input: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Ten
         TypeError: another dtype.
     """
     return torch.ops.fourbit.quantize.default(input, codebook, block_size)  # type: ignore[no-any-return]
-
-
-def _plain_absmax(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
-    """Scales as float32 [blocks], whatever they are stored as."""
-    if nested_absmax is None:
-        return float_values(absmax)
-    if offset is None:
-        raise ValueError("nested_absmax is given without nested_offset")
-    scales = torch.empty(absmax.numel(), dtype=torch.float32)
-    _core.dequantize_absmax(
-        absmax.contiguous(),
-        float_values(nested_absmax),
-        float_values(offset).item(),
-        scales,
-        threads=torch.get_num_threads(),
-    )
-    return scales
-
-
-@torch.library.impl(_library, "dequantize", "CPU")
-def _dequantize_cpu(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: str,
-    block_size: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    output = torch.empty(shape, dtype=dtype)
-    check_float(output, "dtype")
-    scales = _plain_absmax(absmax, nested_absmax, nested_offset)
-    return _decode(packed, scales, codebook, block_size, output)
-
-
-def _decode(
-    packed: Tensor, scales: Tensor, codebook: str, block_size: int, output: Tensor
-) -> Tensor:
-    _core.dequantize(
-        packed.contiguous(),
-        scales,
-        by_name(codebook).core,
-        block_size,
-        output,
-        threads=torch.get_num_threads(),
-    )
-    return output
 
 
 @torch.library.register_fake("fourbit::dequantize")
@@ -210,15 +123,6 @@ _library.define(
 )
 
 
-@torch.library.impl(_library, "quantize_absmax", "CPU")
-def _quantize_absmax_cpu(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    codes = torch.empty(absmax.numel(), dtype=torch.uint8)
-    nested = torch.empty(block_count(absmax.numel(), NESTED_BLOCK_SIZE), dtype=torch.float32)
-    threads = torch.get_num_threads()
-    offset = _core.quantize_absmax(absmax.contiguous(), codes, nested, threads=threads)
-    return codes, float_bytes(nested), float_bytes(torch.tensor([offset], dtype=torch.float32))
-
-
 @torch.library.register_fake("fourbit::quantize_absmax")
 def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def empty(count: int) -> Tensor:
@@ -239,11 +143,6 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of the float32 offset, uint8 [4].
     """
     return torch.ops.fourbit.quantize_absmax.default(absmax)  # type: ignore[no-any-return]
-
-
-@torch.library.impl(_library, "dequantize_absmax", "CPU")
-def _dequantize_absmax_cpu(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
-    return _plain_absmax(codes, nested_absmax, nested_offset)
 
 
 @torch.library.register_fake("fourbit::dequantize_absmax")
@@ -268,123 +167,6 @@ _library.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 _library.define(f"linear_transposed(Tensor y, {_WEIGHT}) -> Tensor")
 
 
-def check_operand(operand: Tensor, features: int, name: str) -> None:
-    """That the last dimension of an operand is the layer's."""
-    check_float(operand, name)
-    if operand.ndim == 0:
-        raise ValueError(f"{name} is a single number, and the layer has {features} features")
-    if operand.shape[-1] != features:
-        raise ValueError(
-            f"{name} has {operand.shape[-1]} features in its last dimension, "
-            f"and the layer has {features}"
-        )
-
-
-def check_device(operand: Tensor, packed: Tensor) -> None:
-    """That an operand is where the layer is."""
-    # A layer that was never filled would otherwise give outputs without data.
-    if operand.device != packed.device:
-        raise RuntimeError(
-            f"the input is on {operand.device} and the layer on {packed.device}; "
-            "load the layer's weight, or move one of them"
-        )
-
-
-_workspaces = threading.local()
-_SMALLEST_WORKSPACE = 1 << 20
-
-
-def _weight_memory(shape: tuple[int, int], operand: Tensor) -> Tensor:
-    """Memory for a decoded weight; for a large one, memory that this thread uses again and again.
-
-    Large tensors are new memory each time, and for the system to provide that takes several times
-    as long as decoding into it. What is kept is as large as the largest weight so far.
-    """
-    size = shape[0] * shape[1] * operand.dtype.itemsize
-    in_graph = torch.is_grad_enabled() and operand.requires_grad  # which could hold on to it
-    if size < _SMALLEST_WORKSPACE or in_graph:
-        return torch.empty(shape, dtype=operand.dtype)
-    buffer: Tensor | None = getattr(_workspaces, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        _workspaces.buffer = None  # the old memory goes before the new comes
-        with torch.inference_mode(mode=False):  # the thread may leave that mode
-            buffer = torch.empty(size, dtype=torch.uint8)
-        _workspaces.buffer = buffer
-    return buffer[:size].view(operand.dtype).view(shape)
-
-
-@cache
-def _fused_rows(dtype: torch.dtype, code_bits: int, block_size: int, in_features: int) -> int:
-    name = str(dtype).removeprefix("torch.")
-    return _core.fused_rows(name, code_bits, block_size, in_features)
-
-
-def _is_fused(
-    operand: Tensor, depth: int, in_features: int, code_bits: int, block_size: int
-) -> bool:
-    """Whether a product is best made from the codes, without a decoded weight in memory."""
-    if torch.is_grad_enabled() and operand.requires_grad:  # whose graph torch is to record
-        return False
-    most = _fused_rows(operand.dtype, code_bits, block_size, in_features)
-    return operand.numel() <= most * depth
-
-
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b`` of a decoded weight, in memory of its own.
-
-    torch's own product is a view of another tensor for inputs that are not 2-D, and torch up to
-    2.12 lets nobody add to such an output of an operator in place.
-    """
-    if torch.is_grad_enabled() and x.requires_grad:  # torch records no graph of products into `out`
-        return torch.nn.functional.linear(x, weight, bias)
-    output = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows, out = x.reshape(-1, weight.shape[1]), output.view(-1, weight.shape[0])
-    if bias is None:
-        torch.mm(rows, weight.T, out=out)
-    else:
-        torch.addmm(bias.detach(), rows, weight.T, out=out)
-    return output
-
-
-@torch.library.impl(_library, "linear", "CPU")
-def _linear_cpu(
-    x: Tensor,
-    bias: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    check_operand(x, in_features, "the input")
-    if bias is not None:
-        bias = bias.to(x.dtype)
-    book = by_name(codebook)
-    if _is_fused(x, in_features, in_features, book.code_bits, block_size):
-        output = x.new_empty(*x.shape[:-1], out_features)
-        _core.linear(
-            x.contiguous(),
-            packed.contiguous(),
-            absmax.contiguous(),
-            nested_absmax,
-            nested_offset,
-            book.core,
-            block_size,
-            (out_features, in_features),
-            bias if bias is None else bias.contiguous(),
-            output,
-            threads=torch.get_num_threads(),
-        )
-        return output
-    scales = _plain_absmax(absmax, nested_absmax, nested_offset)
-    memory = _weight_memory((out_features, in_features), x)
-    weight = _decode(packed, scales, codebook, block_size, memory)
-    return dense_linear(x, weight, bias)
-
-
 @torch.library.register_fake("fourbit::linear")
 def _linear_fake(
     x: Tensor,
@@ -401,41 +183,6 @@ def _linear_fake(
     check_operand(x, in_features, "the input")
     check_device(x, packed)
     return x.new_empty((*x.shape[:-1], out_features))
-
-
-@torch.library.impl(_library, "linear_transposed", "CPU")
-def _linear_transposed_cpu(
-    y: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    check_operand(y, out_features, "the gradient")
-    book = by_name(codebook)
-    if _is_fused(y, out_features, in_features, book.code_bits, block_size):
-        output = y.new_empty(*y.shape[:-1], in_features)
-        _core.linear_transposed(
-            y.contiguous(),
-            packed.contiguous(),
-            absmax.contiguous(),
-            nested_absmax,
-            nested_offset,
-            book.core,
-            block_size,
-            (out_features, in_features),
-            output,
-            threads=torch.get_num_threads(),
-        )
-        return output
-    scales = _plain_absmax(absmax, nested_absmax, nested_offset)
-    memory = _weight_memory((out_features, in_features), y)
-    weight = _decode(packed, scales, codebook, block_size, memory)
-    return y @ weight
 
 
 @torch.library.register_fake("fourbit::linear_transposed")
@@ -455,7 +202,7 @@ def _linear_transposed_fake(
     return y.new_empty((*y.shape[:-1], in_features))
 
 
-# --- CUDA ---------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------
 
 
 def _on_cuda(name: str) -> Callable[..., Any]:
@@ -469,15 +216,16 @@ def _on_cuda(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in (
-    "quantize",
-    "dequantize",
-    "quantize_absmax",
-    "dequantize_absmax",
-    "linear",
-    "linear_transposed",
+for _operator in (
+    cpu_ops.quantize,
+    cpu_ops.dequantize,
+    cpu_ops.quantize_absmax,
+    cpu_ops.dequantize_absmax,
+    cpu_ops.linear,
+    cpu_ops.linear_transposed,
 ):
-    _library.impl(_name, _on_cuda(_name), "CUDA")
+    _library.impl(_operator.__name__, _operator, "CPU")
+    _library.impl(_operator.__name__, _on_cuda(_operator.__name__), "CUDA")
 
 
 # --- gradients ----------------------------------------------------------------------------------
@@ -546,6 +294,8 @@ _linear = torch.ops.fourbit.linear.default
 def _product(x: Tensor, bias: Tensor | None, *weight: Tensor | str | int | None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, *weight)  # type: ignore[no-any-return]
+    if only_cpu(x, weight[0]):  # type: ignore[arg-type]
+        return cpu_ops.linear(x, bias, *weight)  # type: ignore[arg-type]
     return _linear(x, bias, *weight)  # type: ignore[no-any-return]
 
 

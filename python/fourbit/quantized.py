@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fourbit import ops
 from fourbit.codebook import Codebook, as_codebook
+from fourbit.operands import float_bytes, float_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class QuantizedTensor:
     def scales(self) -> Tensor:
         """The block scales, float32 [blocks]."""
         if self.nested_absmax is None or self.nested_offset is None:
-            return ops.float_values(self.absmax)
+            return float_values(self.absmax)
         return ops.dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset)
 
     def dequantize(self, dtype: Any = None) -> Any:
@@ -149,7 +150,7 @@ def quantize(
     tensor = _as_tensor(array)
     book = as_codebook(codebook)
     packed, scales = ops.quantize(tensor, book.name, block_size)
-    absmax, nested_absmax, nested_offset = ops.float_bytes(scales), None, None
+    absmax, nested_absmax, nested_offset = float_bytes(scales), None, None
     if double_quant:
         absmax, nested_absmax, nested_offset = ops.quantize_absmax(scales)
     return QuantizedTensor(

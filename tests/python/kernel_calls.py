@@ -9,6 +9,7 @@ from emulate import Buffer, Kernels, Specialisation
 from fourbit import ops
 from fourbit.codebook import Codebook, by_name
 from fourbit.layout import NESTED_BLOCK_SIZE, block_count, packed_bytes
+from fourbit.operands import float_bytes
 from tensors import BLOCK_SIZES, DTYPES
 
 # Each takes another way through the kernels.
@@ -134,8 +135,8 @@ def core_dequantize(
     specialisation: Specialisation, packed: Tensor, scales: tuple[Tensor, ...], count: int
 ) -> Tensor:
     """The same by the Rust core."""
-    absmax = scales[0] if len(scales) == 3 else ops.float_bytes(scales[0])
-    nested = [ops.float_bytes(part) for part in scales[1:]] or [None, None]
+    absmax = scales[0] if len(scales) == 3 else float_bytes(scales[0])
+    nested = [float_bytes(part) for part in scales[1:]] or [None, None]
     return ops.dequantize(
         packed,
         absmax,

@@ -7,6 +7,7 @@ import torch
 
 import fourbit
 from fourbit import ops, reference
+from fourbit.operands import float_bytes
 from tensors import BLOCK_SIZES, DTYPES, KINDS, SHAPES, make
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -116,6 +117,6 @@ def test_their_double_quantization_decodes_to_their_scales(generator):
     _, state = functional.quantize_4bit(x, blocksize=64, quant_type="nf4", compress_statistics=True)
     theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     ours = ops.dequantize_absmax(
-        state.absmax, ops.float_bytes(state.state2.absmax), ops.float_bytes(state.offset.view(1))
+        state.absmax, float_bytes(state.state2.absmax), float_bytes(state.offset.view(1))
     )
     assert torch.equal(ours, theirs)

@@ -12,6 +12,7 @@ import fourbit
 from emulated_program import EmulatedProgram
 from fourbit import _core, cuda_ops, ops
 from fourbit.codebook import Codebook
+from fourbit.operands import float_bytes
 from tensors import product_bound
 
 if emulate.unavailable():
@@ -37,7 +38,7 @@ def test_quantize_and_back_as_on_the_cpu(dtype, shape):
     expected = ops.quantize(x, "nf4", 64)
     assert torch.equal(packed, expected[0])
     assert torch.equal(absmax, expected[1])
-    scales = ops.float_bytes(absmax), None, None
+    scales = float_bytes(absmax), None, None
     restored = cuda_ops.dequantize(packed, *scales, "nf4", 64, list(shape), dtype)
     assert torch.equal(restored, ops.dequantize(packed, *scales, "nf4", 64, shape, dtype))
 
@@ -81,12 +82,12 @@ def test_strided_input_and_misaligned_parts():
     expected = ops.quantize(x.contiguous(), "nf4", 32)
     assert torch.equal(packed, expected[0])
     moved = torch.empty(4 * absmax.numel() + 1, dtype=torch.uint8)[1:]
-    moved.copy_(ops.float_bytes(absmax))
+    moved.copy_(float_bytes(absmax))
     wide = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:]
     wide.copy_(packed.view(-1))
     for codes in (packed, wide, packed.view(-1).repeat_interleave(2)[::2]):
         restored = cuda_ops.dequantize(codes, moved, None, None, "nf4", 32, [1000], torch.float32)
-        plain = ops.float_bytes(absmax), None, None
+        plain = float_bytes(absmax), None, None
         assert torch.equal(
             restored, ops.dequantize(packed, *plain, "nf4", 32, (1000,), torch.float32)
         )

@@ -5,6 +5,7 @@ import torch
 
 import fourbit
 from fourbit import ops, reference
+from fourbit.operands import float_bytes
 from kernel_calls import rotation
 from on_card import (
     CARD,
@@ -41,7 +42,7 @@ def test_the_bytes_of_the_cpu(chosen, generator):
         on_card = ops.quantize(x.to(CARD), book, block_size)
         assert_same_bytes(on_card[0], packed)
         assert_same_bytes(on_card[1], absmax)
-        plain = (ops.float_bytes(absmax), None, None)
+        plain = (float_bytes(absmax), None, None)
         layouts = [plain]
         if kind in DOUBLE_KINDS:
             layouts.append(ops.quantize_absmax(absmax))
@@ -66,7 +67,7 @@ def test_the_bytes_of_the_reference(name, dtype, generator):
         on_card = ops.quantize(x.to(CARD), name, 64)
         assert_same_bytes(on_card[0].view(-1), packed)
         assert_same_bytes(on_card[1], absmax)
-        scales = (ops.float_bytes(on_card[1]), None, None)
+        scales = (float_bytes(on_card[1]), None, None)
         restored = ops.dequantize(on_card[0], *scales, name, 64, x.shape, dtype)
         expected = reference.dequantize(packed, absmax, values, 64, x.shape, dtype)
         assert_same_bytes(restored, expected)
@@ -116,7 +117,7 @@ def test_parts_at_any_address():
     x = numbers(40, 50)
     packed, absmax = ops.quantize(x, "nf4", 32)
     nested = ops.quantize_absmax(absmax)
-    for scales in ((ops.float_bytes(absmax), None, None), nested):
+    for scales in ((float_bytes(absmax), None, None), nested):
         layout = ("nf4", 32, x.shape, torch.float16)
         expected = ops.dequantize(packed, *scales, *layout)
         for offset in (1, 2, 4, 7):
@@ -219,7 +220,7 @@ def test_more_than_2_31_elements():
         assert_same_bytes(quantized.packed[first // 2 : last // 2], packed)
         plain = ops.quantize(w[window].contiguous(), "nf4", 64)[1]
         assert_same_bytes(plain, scales)
-        blocks = (ops.float_bytes(absmax[first // 64 : last // 64]), None, None)
+        blocks = (float_bytes(absmax[first // 64 : last // 64]), None, None)
         decoded = ops.dequantize(packed, *blocks, "nf4", 64, (24, columns), torch.bfloat16)
         assert_same_bytes(restored[window], decoded)
         on_cpu.append(decoded)
@@ -256,10 +257,10 @@ def test_as_bitsandbytes_decodes(generator):
                 packed, state = functional.quantize_4bit(
                     w, blocksize=64, quant_type=name, compress_statistics=double
                 )
-                scales = (ops.float_bytes(state.absmax), None, None)
+                scales = (float_bytes(state.absmax), None, None)
                 if double:
-                    nested = ops.float_bytes(state.state2.absmax)
-                    scales = (state.absmax, nested, ops.float_bytes(state.offset.view(1)))
+                    nested = float_bytes(state.state2.absmax)
+                    scales = (state.absmax, nested, float_bytes(state.offset.view(1)))
                 ours = ops.dequantize(packed, *scales, name, 64, w.shape, dtype)
                 theirs = functional.dequantize_4bit(packed, state)
                 # The same values times the same scales; their table and result may be rounded once

@@ -12,6 +12,7 @@ import kernel_calls as calls
 from emulate import KernelError, Kernels, Specialisation
 from fourbit import ops
 from fourbit.codebook import by_name
+from fourbit.operands import float_values
 from kernel_calls import CODEBOOKS, same_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def dequantizes(kernels: Kernels, specialisation: Specialisation) -> None:
     count = 3 * calls.tile(specialisation) // 8 + 77
     packed, absmax = calls.core_quantize(specialisation, torch.randn(count, generator=generator))
     codes, nested_absmax, offset = ops.quantize_absmax(absmax)
-    scales = (codes, ops.float_values(nested_absmax), ops.float_values(offset))
+    scales = (codes, float_values(nested_absmax), float_values(offset))
     expected = calls.core_dequantize(specialisation, packed, scales, count)
     for order in ORDERS:
         output = calls.dequantize(kernels, specialisation, packed, scales, count, order=order)
@@ -60,8 +61,8 @@ def quantizes_scales(kernels: Kernels, _: Specialisation) -> None:
     codes, nested_absmax, offset = ops.quantize_absmax(absmax)
     for order in ORDERS:
         found = calls.quantize_absmax(kernels, absmax, order=order)
-        assert same_bytes(found[2], ops.float_values(offset))
-        assert same_bytes(found[1], ops.float_values(nested_absmax))
+        assert same_bytes(found[2], float_values(offset))
+        assert same_bytes(found[1], float_values(nested_absmax))
         assert same_bytes(found[0], codes)
 
 

@@ -9,6 +9,7 @@ import emulate
 import kernel_calls as calls
 from fourbit import ops, reference
 from fourbit.layout import block_count, packed_bytes
+from fourbit.operands import float_values
 from kernel_calls import by_library, rotation, same_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +35,7 @@ def stored(specialisation, count, generator):
     if not specialisation.double_quant:
         return packed, (scales,)
     codes, nested_absmax, offset = ops.quantize_absmax(scales)
-    return packed, (codes, ops.float_values(nested_absmax), ops.float_values(offset))
+    return packed, (codes, float_values(nested_absmax), float_values(offset))
 
 
 def assert_equals_core(kernels, specialisation, count, generator, **how):

@@ -10,6 +10,7 @@ import kernel_calls as calls
 from emulate import Specialisation
 from fourbit import ops
 from fourbit.codebook import by_name
+from fourbit.operands import float_values
 from kernel_calls import same_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -79,10 +80,10 @@ def test_dequantize(weights):
     output = torch.empty(COUNT, dtype=torch.bfloat16)
     packed[SKIPPED // 2 :] = packed_end
     codes[SKIPPED // 64 :] = codes_end
-    nested[SKIPPED // 64 // 256 :] = ops.float_values(nested_end)
-    offset = ops.float_values(offset)
+    nested[SKIPPED // 64 // 256 :] = float_values(nested_end)
+    offset = float_values(offset)
     tensors = (packed, codes, nested, offset, output)
     kernels.launch("fourbit_dequantize", *map(pointer, tensors), COUNT, grid=2)
-    scales = (codes_end, ops.float_values(nested_end), offset)
+    scales = (codes_end, float_values(nested_end), offset)
     expected = calls.core_dequantize(SPECIALISATION, packed_end, scales, COUNT - SKIPPED)
     assert same_bytes(end(output, SKIPPED), expected)

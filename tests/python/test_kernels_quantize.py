@@ -7,6 +7,7 @@ import emulate
 import kernel_calls as calls
 from emulate import Specialisation
 from fourbit import ops, reference
+from fourbit.operands import float_values
 from kernel_calls import CODEBOOKS, by_library, rotation, same_bytes
 from tensors import DTYPES, KINDS, make
 
@@ -145,7 +146,7 @@ def assert_double_quantization_equals_core(kernels, absmax, **how):
     expected = ops.quantize_absmax(absmax)
     assert bad == [None, None]
     assert same_bytes(offset.view(torch.uint8), expected[2])
-    assert same_bytes(nested_absmax, ops.float_values(expected[1]))
+    assert same_bytes(nested_absmax, float_values(expected[1]))
     assert same_bytes(codes, expected[0])
     decoded = calls.dequantize_absmax(kernels, codes, nested_absmax, offset)
     assert same_bytes(decoded, ops.dequantize_absmax(*expected))

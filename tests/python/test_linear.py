@@ -105,8 +105,8 @@ def test_weights_that_share_decoding_memory_do_not_meet():
         Linear4bit.from_linear(nn.Linear(n, m, bias=False)) for n, m in ((640, 512), (512, 700))
     ]
     weights = [layer.dequantize() for layer in layers]
-    first = ops._weight_memory((512, 640), torch.empty(0))
-    assert ops._weight_memory((512, 640), torch.empty(0)).data_ptr() == first.data_ptr()
+    first = cpu_ops._weight_memory((512, 640), torch.empty(0))
+    assert cpu_ops._weight_memory((512, 640), torch.empty(0)).data_ptr() == first.data_ptr()
     with torch.inference_mode():
         for layer in layers:
             layer(torch.randn(1, layer.in_features))

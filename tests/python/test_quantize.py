@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fourbit
 from fourbit import _core, ops, reference
+from fourbit.operands import float_bytes, float_values
 from tensors import BLOCK_SIZES, DTYPES, KINDS, SHAPES, make
 
 CODEBOOKS = {
@@ -37,8 +38,8 @@ def assert_equals_reference(x, name, block_size, *, double_quant):
     if double_quant:
         codes, nested_absmax, offset = reference.quantize_absmax(absmax)
         assert torch.equal(q.absmax, codes)
-        assert torch.equal(ops.float_values(q.nested_absmax), nested_absmax)
-        assert ops.float_values(q.nested_offset).item() == offset
+        assert torch.equal(float_values(q.nested_absmax), nested_absmax)
+        assert float_values(q.nested_offset).item() == offset
         absmax = reference.dequantize_absmax(codes, nested_absmax, offset)
     assert torch.equal(q.scales(), absmax)
     for dtype in DTYPES:
@@ -80,8 +81,8 @@ def test_double_quantization_for_any_number_of_scales(count, generator):
     codes, nested, offset = ops.quantize_absmax(absmax)
     expected_codes, expected_nested, expected_offset = reference.quantize_absmax(absmax)
     assert torch.equal(codes, expected_codes)
-    assert torch.equal(ops.float_values(nested), expected_nested)
-    assert ops.float_values(offset).item() == expected_offset
+    assert torch.equal(float_values(nested), expected_nested)
+    assert float_values(offset).item() == expected_offset
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4"])
@@ -308,9 +309,7 @@ def test_negative_scales_decode(generator):
     q = fourbit.quantize(torch.randn(300, generator=generator), double_quant=False)
     scales = q.scales() * torch.tensor([1.0, -1.0, 0.7, -0.3, 1.0])
     for dtype in DTYPES:
-        got = ops.dequantize(
-            q.packed, ops.float_bytes(scales), None, None, "nf4", 64, q.shape, dtype
-        )
+        got = ops.dequantize(q.packed, float_bytes(scales), None, None, "nf4", 64, q.shape, dtype)
         values = torch.tensor(reference.NF4)
         assert torch.equal(
             got, reference.dequantize(q.packed.view(-1), scales, values, 64, q.shape, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fourbit.distributed import is_distributed
-from fourbit.ops import FLOAT_DTYPES
+from fourbit.operands import FLOAT_DTYPES
 from fourbit.optim import state as state_of
 from fourbit.optim.options import check_options
 from fourbit.optim.paging import PagerName, PagingReport, Placement

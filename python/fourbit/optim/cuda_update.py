@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fourbit import _core, cuda_ops
 from fourbit.distributed import local
-from fourbit.ops import FLOAT_DTYPES
+from fourbit.operands import FLOAT_DTYPES
 from fourbit.optim.options import options_of
 from fourbit.optim.paging.card import Card
 from fourbit.optim.paging.pager import Pager
