@@ -9,10 +9,14 @@ use crate::blockwise::Kind;
 use crate::element::Dtype;
 use crate::{Backend, Element};
 
+#[cfg(target_arch = "x86_64")]
+use super::fixed::FixedRows;
 #[cfg(target_arch = "aarch64")]
 use super::neon;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+#[cfg(target_arch = "x86_64")]
+use crate::Codebook;
 
 /// What multiplies.
 ///
@@ -131,6 +135,25 @@ impl Kernel {
     /// [`super::loops::forward`]
     pub(super) fn forward(self, tile: Tile<'_>, rows: usize, x: &[f32], sums: &mut [f32]) {
         call!(self, forward(tile, rows, x, sums), unreachable!());
+    }
+
+    /// `x`, as [`Self::forward`] takes it, in fixed point, where that is there and is faster.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn fixed<T: Element>(
+        self,
+        codebook: &Codebook,
+        x: &[f32],
+        rows: usize,
+    ) -> Option<FixedRows> {
+        let significant_bits = match T::DTYPE {
+            Dtype::F32 => return None,
+            Dtype::F16 => 11,
+            Dtype::Bf16 => 8,
+        };
+        let roundoff = 0.5_f32.powi(significant_bits + 1);
+        (self.0 == Set::Avx512)
+            .then(|| FixedRows::new(codebook, x, rows, roundoff))
+            .flatten()
     }
 
     /// [`super::loops::transposed`]

@@ -108,6 +108,8 @@ fn multiply_group<T: Element>(
     let fused = matrix.is_regular() && !kernel.is_scalar();
     let operand = operand::arrange(backend, x, rows, fused.then_some(kernel));
     let x = operand.numbers();
+    #[cfg(target_arch = "x86_64")]
+    let fixed = kernel.fixed::<T>(matrix.codebook, x, rows);
     let scales = RowScales::new(backend, matrix);
     let decoder = (!fused && !kernel.is_scalar()).then(|| DecodedRows::new(backend, matrix));
     // Written with the rows of the weight outermost, as threads take them.
@@ -140,6 +142,11 @@ fn multiply_group<T: Element>(
                 let last = start + tile_rows >= task_rows;
                 let next = if last { onward - start } else { tile_rows };
                 let tile = Tile::new(matrix, scales, first + start, sums.len() / rows, next);
+                #[cfg(target_arch = "x86_64")]
+                if let Some(fixed) = &fixed {
+                    fixed.forward(tile, sums);
+                    continue;
+                }
                 kernel.forward(tile, rows, x, sums);
             }
         } else if let Some(decoder) = &decoder {

@@ -41,9 +41,50 @@ pub(super) unsafe fn forward<K: Kernel, const R: usize, const M: usize, const EA
     // and columns; x has `M * STEP` numbers for each step begun.
     unsafe {
         if M <= MOST_ROWS_OF_STREAMS {
-            forward_in_streams::<K, R, M, EARLY>(tile, x, sums);
+            let (table, x) = (K::table(tile.matrix.codebook.values()), x.as_ptr());
+            forward_in_streams::<K, R, M>(tile, &Single::<K, EARLY> { table, x }, sums);
         } else {
             forward_in_chunks::<K, R, M, EARLY>(tile, x, sums);
+        }
+    }
+}
+
+/// What a step adds to the sums of `R` rows of the weight with `M` rows of `x`.
+pub(super) trait Steps<K: Kernel, const R: usize, const M: usize> {
+    /// For the step that begins with a column.
+    ///
+    /// # Safety
+    /// The processor has the features of the implementation, and `x` that step.
+    unsafe fn add(
+        &self,
+        column: usize,
+        codes: [K::Codes; R],
+        scales: [K::Sum; R],
+        totals: &mut [[K::Sum; M]; R],
+    );
+}
+
+/// Steps in single precision.
+struct Single<K: Kernel, const EARLY: bool> {
+    table: K::Table,
+    x: *const f32,
+}
+
+impl<K: Kernel, const R: usize, const M: usize, const EARLY: bool> Steps<K, R, M>
+    for Single<K, EARLY>
+{
+    #[inline(always)]
+    unsafe fn add(
+        &self,
+        column: usize,
+        codes: [K::Codes; R],
+        scales: [K::Sum; R],
+        totals: &mut [[K::Sum; M]; R],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = self.x.add(column * M);
+            add_step::<K, R, M, EARLY>(self.table, codes, scales, x, totals);
         }
     }
 }
@@ -58,17 +99,17 @@ pub(super) unsafe fn forward<K: Kernel, const R: usize, const M: usize, const EA
 /// runs of rows at 19.
 ///
 /// # Safety
-/// As for [`forward`].
+/// The processor has the features of `K`; `steps` has all steps of the tile.
 #[inline(always)]
-unsafe fn forward_in_streams<K: Kernel, const R: usize, const M: usize, const EARLY: bool>(
+pub(super) unsafe fn forward_in_streams<K: Kernel, const R: usize, const M: usize>(
     tile: Tile<'_>,
-    x: &[f32],
+    steps: &impl Steps<K, R, M>,
     sums: &mut [f32],
 ) {
     let columns = tile.matrix.in_features;
-    // SAFETY: the caller's promise.
+    assert!(sums.len() == tile.count * M);
+    // SAFETY: the caller's promise; a tile has the codes and scales of all its rows and columns.
     unsafe {
-        let table = K::table(tile.matrix.codebook.values());
         let apart = tile.count.div_ceil(R);
         let streams = Streams::<R>::new(&tile, apart);
         for row in 0..apart {
@@ -81,10 +122,7 @@ unsafe fn forward_in_streams<K: Kernel, const R: usize, const M: usize, const EA
                 0,
                 columns,
                 |column| streams.ask::<K>((row * columns + column) / 2),
-                |codes, scales| {
-                    let x = x.as_ptr().add(column * M);
-                    add_step::<K, R, M, EARLY>(table, codes, scales, x, &mut totals);
-                }
+                |codes, scales| steps.add(column, codes, scales, &mut totals)
             );
             for m in 0..M {
                 let column = totals.map(|totals| totals[m]);

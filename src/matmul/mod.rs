@@ -36,6 +36,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod choice;
+#[cfg(target_arch = "x86_64")]
+mod fixed;
 mod forward;
 mod kernel;
 mod loops;
