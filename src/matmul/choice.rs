@@ -137,7 +137,7 @@ impl Kernel {
         call!(self, forward(tile, rows, x, sums), unreachable!());
     }
 
-    /// `x`, as [`Self::forward`] takes it, in fixed point, where that is there and is faster.
+    /// `x`, [rows, columns], in fixed point, where that is there and is faster.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn fixed<T: Element>(
         self,

@@ -3,8 +3,9 @@
 use super::choice::Kernel;
 use super::loops::MOST_ROWS_OF_STREAMS;
 use super::matrix::{DecodedRows, PackedMatrix, RowScales};
+use super::operand::{self, Aligned};
 use super::tile::{MOST_TASK_ROWS, TILE_ROWS, Tile};
-use super::{is_small, operand, scalar};
+use super::{is_small, scalar};
 use crate::blockwise::convert;
 use crate::layout::check_length;
 use crate::{Backend, Element, Result, team};
@@ -106,10 +107,18 @@ fn multiply_group<T: Element>(
     let outs = matrix.out_features;
     let rows = output.len() / outs;
     let fused = matrix.is_regular() && !kernel.is_scalar();
-    let operand = operand::arrange(backend, x, rows, fused.then_some(kernel));
-    let x = operand.numbers();
+    let mut numbers = Aligned::new(x.len());
+    convert(backend, x, numbers.numbers_mut());
     #[cfg(target_arch = "x86_64")]
-    let fixed = kernel.fixed::<T>(matrix.codebook, x, rows);
+    let fixed = fused
+        .then(|| kernel.fixed::<T>(matrix.codebook, numbers.numbers(), rows))
+        .flatten();
+    #[cfg(not(target_arch = "x86_64"))]
+    let fixed: Option<()> = None;
+    if fused && fixed.is_none() {
+        numbers = operand::arrange(kernel, numbers.numbers(), rows);
+    }
+    let x = numbers.numbers();
     let scales = RowScales::new(backend, matrix);
     let decoder = (!fused && !kernel.is_scalar()).then(|| DecodedRows::new(backend, matrix));
     // Written with the rows of the weight outermost, as threads take them.
@@ -161,14 +170,20 @@ fn multiply_group<T: Element>(
             scalar::forward(x, matrix, scales, first, rows, sums);
         }
     });
-    let mut straight = vec![0.0; outs];
+    let mut straight = vec![0.0; if rows == 1 { 0 } else { outs }];
     for (row, output) in output.chunks_mut(outs).enumerate() {
-        for (column, number) in straight.iter_mut().enumerate() {
-            *number = columns[column * rows + row];
-        }
-        for (number, bias) in straight.iter_mut().zip(bias) {
+        let numbers = if rows == 1 {
+            &mut columns
+        } else {
+            let numbers = columns.iter().skip(row).step_by(rows);
+            for (target, number) in straight.iter_mut().zip(numbers) {
+                *target = *number;
+            }
+            &mut straight
+        };
+        for (number, bias) in numbers.iter_mut().zip(bias) {
             *number += bias;
         }
-        convert(backend, &straight, output);
+        convert(backend, numbers, output);
     }
 }

@@ -1,8 +1,6 @@
 //! The rows of `x` in the order in which a kernel's numbers come.
 
 use super::choice::Kernel;
-use crate::blockwise::convert;
-use crate::{Backend, Element};
 
 /// Memory for numbers that begins with a line of the cache: registers that cross lines are read at
 /// half the speed.
@@ -41,25 +39,13 @@ impl Aligned {
 /// The order of a step: which column is at each place.
 pub(super) type Order = Vec<u8>;
 
-/// [rows, columns] as [steps, rows, columns of a step] in the order of a kernel, filled up with
-/// zeros; as it is where the kernel does not read codes.
-pub(super) fn arrange<T: Element>(
-    backend: Backend,
-    x: &[T],
-    rows: usize,
-    kernel: Option<Kernel>,
-) -> Aligned {
-    let Some(kernel) = kernel else {
-        let mut numbers = Aligned::new(x.len());
-        convert(backend, x, numbers.numbers_mut());
-        return numbers;
-    };
+/// Numbers, [rows, columns], as [steps, rows, columns of a step] in the order of a kernel, filled up
+/// with zeros.
+pub(super) fn arrange(kernel: Kernel, x: &[f32], rows: usize) -> Aligned {
     let columns = x.len() / rows.max(1);
     let mut arranged = Aligned::new(columns.next_multiple_of(kernel.step()) * rows);
-    let mut numbers = vec![0.0_f32; columns];
     for (row, x) in x.chunks_exact(columns.max(1)).enumerate() {
-        convert(backend, x, &mut numbers);
-        kernel.arrange(&numbers, row, rows, arranged.numbers_mut());
+        kernel.arrange(x, row, rows, arranged.numbers_mut());
     }
     arranged
 }
