@@ -98,6 +98,11 @@ _workspaces = threading.local()
 _SMALLEST_WORKSPACE = 1 << 20
 
 
+def _is_recorded(operand: Tensor) -> bool:
+    """Whether torch is to record the graph of what is done with an operand."""
+    return torch.is_grad_enabled() and operand.requires_grad
+
+
 def _weight_memory(shape: tuple[int, int], operand: Tensor) -> Tensor:
     """Memory for a decoded weight; for a large one, memory that this thread uses again and again.
 
@@ -105,8 +110,7 @@ def _weight_memory(shape: tuple[int, int], operand: Tensor) -> Tensor:
     as long as decoding into it. What is kept is as large as the largest weight so far.
     """
     size = shape[0] * shape[1] * operand.dtype.itemsize
-    in_graph = torch.is_grad_enabled() and operand.requires_grad  # which could hold on to it
-    if size < _SMALLEST_WORKSPACE or in_graph:
+    if size < _SMALLEST_WORKSPACE or _is_recorded(operand):  # by a graph, which could hold on to it
         return torch.empty(shape, dtype=operand.dtype)
     buffer: Tensor | None = getattr(_workspaces, "buffer", None)
     if buffer is None or buffer.numel() < size:
@@ -118,19 +122,17 @@ def _weight_memory(shape: tuple[int, int], operand: Tensor) -> Tensor:
 
 
 @cache
-def _fused_rows(dtype: torch.dtype, code_bits: int, block_size: int, in_features: int) -> int:
+def _plan(
+    codebook: str, dtype: torch.dtype, block_size: int, in_features: int
+) -> tuple[_core.Codebook, int]:
+    """A codebook's twin in the core, and how many rows are best multiplied there.
+
+    More are best multiplied by torch with a decoded weight. One look-up, as a layer's call finds
+    all that it looks at driven out of the cache.
+    """
+    book = by_name(codebook)
     name = str(dtype).removeprefix("torch.")
-    return _core.fused_rows(name, code_bits, block_size, in_features)
-
-
-def _is_fused(
-    operand: Tensor, depth: int, in_features: int, code_bits: int, block_size: int
-) -> bool:
-    """Whether a product is best made from the codes, without a decoded weight in memory."""
-    if torch.is_grad_enabled() and operand.requires_grad:  # whose graph torch is to record
-        return False
-    most = _fused_rows(operand.dtype, code_bits, block_size, in_features)
-    return operand.numel() <= most * depth
+    return book.core, _core.fused_rows(name, book.code_bits, block_size, in_features)
 
 
 def linear(
@@ -149,8 +151,8 @@ def linear(
     check_operand(x, in_features, "the input")
     if bias is not None:
         bias = bias.to(x.dtype)
-    book = by_name(codebook)
-    if _is_fused(x, in_features, in_features, book.code_bits, block_size):
+    core, most_rows = _plan(codebook, x.dtype, block_size, in_features)
+    if x.numel() <= most_rows * in_features and not _is_recorded(x):
         output = x.new_empty(*x.shape[:-1], out_features)
         _core.linear(
             x.contiguous(),
@@ -158,7 +160,7 @@ def linear(
             absmax.contiguous(),
             nested_absmax,
             nested_offset,
-            book.core,
+            core,
             block_size,
             (out_features, in_features),
             bias if bias is None else bias.contiguous(),
@@ -185,8 +187,8 @@ def linear_transposed(
 ) -> Tensor:
     """`ops.linear_transposed`."""
     check_operand(y, out_features, "the gradient")
-    book = by_name(codebook)
-    if _is_fused(y, out_features, in_features, book.code_bits, block_size):
+    core, most_rows = _plan(codebook, y.dtype, block_size, in_features)
+    if y.numel() <= most_rows * out_features and not _is_recorded(y):
         output = y.new_empty(*y.shape[:-1], in_features)
         _core.linear_transposed(
             y.contiguous(),
@@ -194,7 +196,7 @@ def linear_transposed(
             absmax.contiguous(),
             nested_absmax,
             nested_offset,
-            book.core,
+            core,
             block_size,
             (out_features, in_features),
             output,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fourbit
-from fourbit import Linear4bit, ops, reference
+from fourbit import Linear4bit, cpu_ops, ops, reference
 
 # Relative to the largest output: one rounding of the result, and of each partial sum of the
 # vendor's product, in the dtype of the computation.

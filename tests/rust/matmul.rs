@@ -354,6 +354,109 @@ fn codebooks_of_other_widths_and_with_gaps() {
     }
 }
 
+/// Rows of a kind, by name.
+fn rows_of_kinds(columns: usize) -> Vec<(&'static str, Vec<f32>)> {
+    let normal = numbers(columns, 5);
+    let with = |change: &dyn Fn(usize, f32) -> f32| {
+        let changed = normal.iter().enumerate();
+        changed
+            .map(|(index, &number)| change(index, number))
+            .collect()
+    };
+    vec![
+        ("normal", normal.clone()),
+        ("positive", with(&|_, number| number.abs() + 0.5)),
+        ("equal", vec![1.003_906_25; columns]),
+        ("tails", with(&|_, number| number.powi(5))),
+        (
+            "far apart",
+            with(&|index, number| number * 4.0_f32.powi(index as i32 % 12 - 6)),
+        ),
+        (
+            "one large",
+            with(&|index, number| if index == 77 { 300.0 } else { number }),
+        ),
+        (
+            "one too large",
+            with(&|index, number| if index == 77 { 3e4 } else { number }),
+        ),
+        (
+            "one alone",
+            with(&|index, _| if index == 77 { 1.0 } else { 0.0 }),
+        ),
+        ("small", with(&|_, number| number * 1e-3)),
+    ]
+}
+
+/// Root of the mean square of the errors of a product with one row, and that of a dense product
+/// with a weight of the same type, both as the output's type has them.
+fn errors<T: Element>(backend: Backend, weight: &Weight, x: &[f32], rows: usize) -> [f64; 2] {
+    let [outs, ins] = weight.shape;
+    let x: Vec<T> = x.iter().copied().map(T::from_f32).collect();
+    let mut output = vec![T::from_f32(f32::NAN); rows * outs];
+    multiply_with(
+        backend,
+        &x.repeat(rows),
+        &weight.matrix(true),
+        None,
+        &mut output,
+    )
+    .unwrap();
+    let dense = weight.dense(true);
+    let mut squares = [0.0; 2];
+    for (row, output) in dense.chunks_exact(ins).zip(&output) {
+        let dot = |value: &dyn Fn(f32) -> f32| -> f64 {
+            let terms = row.iter().zip(&x);
+            terms
+                .map(|(&weight, x)| f64::from(value(weight)) * f64::from(x.to_f32()))
+                .sum()
+        };
+        let exact = dot(&|weight| weight);
+        let rounded = dot(&|weight| T::from_f32(weight).to_f32());
+        let theirs = f64::from(T::from_f32(rounded as f32).to_f32()) - exact;
+        let ours = f64::from(output.to_f32()) - exact;
+        squares[0] += ours * ours;
+        squares[1] += theirs * theirs;
+    }
+    squares.map(|sum| (sum / outs as f64).sqrt())
+}
+
+/// Whatever the numbers of `x` are like. A tenth is for chance, as other numbers are rounded; where
+/// the codebook's values are rounded in place of the weight's numbers, a product with a single term
+/// is rounded twice and not once.
+#[test]
+fn few_rows_are_as_exact_as_in_a_dense_product() {
+    fn check<T: Element>(backend: Backend, weight: &Weight, rows: usize) {
+        for (kind, x) in rows_of_kinds(weight.shape[1]) {
+            let [ours, theirs] = errors::<T>(backend, weight, &x, rows);
+            let slack = match backend.name() {
+                "avx2" | "neon" => 1.5,
+                _ => 1.1,
+            };
+            let (name, codebook) = (backend.name(), weight.codebook.name());
+            assert!(
+                ours <= theirs * slack,
+                "{name}, {codebook}, {kind}, {rows} rows, {} bits: {ours} to {theirs}",
+                8 * size_of::<T>(),
+            );
+        }
+    }
+    for (codebook, size) in [
+        (Codebook::nf4(), 64),
+        (Codebook::fp4(), 32),
+        (Codebook::int4(), 64),
+    ] {
+        let size = BlockSize::new(size).unwrap();
+        let weight = Weight::random([300, 1120], codebook, size, 3);
+        for backend in Backend::available() {
+            for rows in [1, 2] {
+                check::<bf16>(backend, &weight, rows);
+                check::<f16>(backend, &weight, rows);
+            }
+        }
+    }
+}
+
 #[test]
 fn empty_products() {
     let weight = Weight::random([4, 64], Codebook::nf4(), BlockSize::DEFAULT, 1);
