@@ -119,7 +119,7 @@ fn multiply_group<T: Element>(
         numbers = operand::arrange(kernel, numbers.numbers(), rows);
     }
     let x = numbers.numbers();
-    let scales = RowScales::new(backend, matrix);
+    let scales = RowScales::new(backend, matrix).nearly(fixed.is_some());
     let decoder = (!fused && !kernel.is_scalar()).then(|| DecodedRows::new(backend, matrix));
     // Written with the rows of the weight outermost, as threads take them.
     let mut columns = vec![0.0_f32; rows * outs];

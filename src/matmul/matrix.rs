@@ -90,6 +90,7 @@ pub(super) fn is_regular(code_bits: u32, block_size: BlockSize, in_features: usi
 pub(super) struct RowScales<'a> {
     matrix: PackedMatrix<'a>,
     decoder: ScaleDecoder,
+    nearly: bool,
 }
 
 impl<'a> RowScales<'a> {
@@ -100,7 +101,13 @@ impl<'a> RowScales<'a> {
         Self {
             matrix: *matrix,
             decoder: ScaleDecoder::new(backend),
+            nearly: false,
         }
+    }
+
+    /// Whether 2^-16 of a nested scale may be missed where that is faster.
+    pub(super) fn nearly(self, nearly: bool) -> Self {
+        Self { nearly, ..self }
     }
 
     /// Memory for the scales of so many rows.
@@ -146,12 +153,13 @@ impl<'a> RowScales<'a> {
                 let nested = NESTED_BLOCK_SIZE.get();
                 let from = blocks.start / nested * nested;
                 let length = blocks.end - from;
-                self.decoder.decode(
-                    &codes[from..blocks.end],
-                    &nested_absmax[from / nested..],
-                    offset,
-                    &mut buffer[..length],
-                );
+                let (codes, nested) = (&codes[from..blocks.end], &nested_absmax[from / nested..]);
+                let scales = &mut buffer[..length];
+                if self.nearly {
+                    self.decoder.decode_nearly(codes, nested, offset, scales);
+                } else {
+                    self.decoder.decode(codes, nested, offset, scales);
+                }
                 &buffer[blocks.start - from..]
             }
         }
