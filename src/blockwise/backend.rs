@@ -135,7 +135,42 @@ impl Backend {
     pub(crate) const fn has_tiles(self) -> bool {
         self.tiles
     }
+
+    /// Whether bytes can be looked up by bytes, for [`each_vector`]: AVX-512 with VBMI.
+    pub(crate) fn has_byte_lookups(self) -> bool {
+        match self.kind {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => is_x86_feature_detected!("avx512vbmi"),
+            _ => false,
+        }
+    }
 }
+
+/// Calls a macro for every [`super::Vector`] of this architecture: the name of a function, the
+/// type, the features it needs, and whether AVX-512 VBMI is among them.
+macro_rules! each_vector {
+    ($version:ident) => {
+        #[cfg(target_arch = "x86_64")]
+        $version!(
+            avx512_vbmi,
+            Avx512,
+            "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,f16c",
+            by_bytes: true
+        );
+        #[cfg(target_arch = "x86_64")]
+        $version!(
+            avx512,
+            Avx512,
+            "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c",
+            by_bytes: false
+        );
+        #[cfg(target_arch = "x86_64")]
+        $version!(avx2, Avx2, "avx2,f16c", by_bytes: false);
+        #[cfg(target_arch = "aarch64")]
+        $version!(neon, Neon, "neon", by_bytes: false);
+    };
+}
+pub(crate) use each_vector;
 
 /// Compiles an inlined function for each instruction set and picks by backend. The compiler
 /// vectorises it; no operation is fused or reordered, so every version gives the same bits.

@@ -37,7 +37,7 @@ mod vector;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use self::backend::Backend;
-pub(crate) use self::backend::{Kind, versions};
+pub(crate) use self::backend::{Kind, each_vector, versions};
 pub(crate) use self::cells::{CellWords, Cells};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use self::neon::Neon;

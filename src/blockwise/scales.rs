@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 use super::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use super::avx512::Avx512;
-use super::backend::Kind;
+use super::backend::{Kind, each_vector};
 #[cfg(target_arch = "aarch64")]
 use super::neon::Neon;
 use super::vector::{ByteMap, Vector, map_2};
@@ -59,13 +59,9 @@ pub(crate) struct ScaleDecoder {
 impl ScaleDecoder {
     pub(crate) fn new(backend: Backend) -> Self {
         static MAP: OnceLock<ByteMap> = OnceLock::new();
-        #[cfg(target_arch = "x86_64")]
-        let by_bytes = is_x86_feature_detected!("avx512vbmi");
-        #[cfg(not(target_arch = "x86_64"))]
-        let by_bytes = false;
         Self {
             backend,
-            by_bytes,
+            by_bytes: backend.has_byte_lookups(),
             map: MAP.get_or_init(|| ByteMap::new(Codebook::dynamic_signed().values())),
         }
     }
@@ -102,7 +98,7 @@ impl ScaleDecoder {
         scales: &mut [f32],
     ) {
         #[cfg(target_arch = "x86_64")]
-        if self.by_bytes && self.backend.kind() == Kind::Avx512 {
+        if self.by_bytes {
             static MAP: OnceLock<WordMap> = OnceLock::new();
             let words = MAP.get_or_init(|| WordMap::new(Codebook::dynamic_signed().values()));
             // SAFETY: as for `decode`.
@@ -195,14 +191,7 @@ macro_rules! version {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
-version!(avx512_vbmi, Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,f16c", by_bytes: true);
-#[cfg(target_arch = "x86_64")]
-version!(avx512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c", by_bytes: false);
-#[cfg(target_arch = "x86_64")]
-version!(avx2, Avx2, "avx2,f16c", by_bytes: false);
-#[cfg(target_arch = "aarch64")]
-version!(neon, Neon, "neon", by_bytes: false);
+each_vector!(version);
 
 fn decode_scalar(map: &ByteMap, codes: &[u8], nested: &[f32], offset: f32, scales: &mut [f32]) {
     let block = NESTED_BLOCK_SIZE.get();

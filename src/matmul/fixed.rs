@@ -367,8 +367,8 @@ mod tests {
         }
         // Cut short, and with the largest that there are.
         let mut x = even_numbers(160);
-        x[130] = -1.992_187_5; // halfway between two high bytes
-        x[131] = 1.992_187_5;
+        x[130] = -255.0 / 128.0; // halfway between two high bytes
+        x[131] = 255.0 / 128.0;
         let fixed = FixedRows::new(Codebook::nf4(), &x, 1, BRAIN).unwrap();
         assert_eq!(fixed.steps.len(), 2);
         for (index, step) in fixed.steps.iter().enumerate() {

@@ -14,6 +14,7 @@
 //! | `loops` | the loops over codes, over what an instruction set gives |
 //! | `kernel` | what that is |
 //! | `avx512`, `avx2`, `neon` | an instruction set, and the loops compiled with it |
+//! | `fixed` | one or two rows of 16-bit numbers, by products of bytes |
 //! | `choice` | which of them runs |
 //! | `amx` | products of `bf16` with as many rows as there are, on the tiles of AMX |
 //! | `scalar` | the specification |
@@ -26,8 +27,8 @@
 //! matrices; that is the caller's to do.
 //!
 //! Sums are in single precision, in an order that depends on the instruction set but not on
-//! threads. So are the products; only AVX2 and NEON round the codebook's values to `bf16` where `x`
-//! is `bf16`, and apply the scales to sums.
+//! threads. So are the products, but for these: AVX2 and NEON round the codebook's values to `bf16`
+//! where `x` is `bf16`, and apply the scales to sums; `fixed` rounds less than a dense product does.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

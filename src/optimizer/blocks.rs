@@ -19,7 +19,9 @@ use super::task::Blocks;
 use crate::blockwise::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::blockwise::{Avx2, Avx512};
-use crate::blockwise::{ByteMap, CellWords, Cells, Kind, Vector, encode_block, map_2, normaliser};
+use crate::blockwise::{
+    ByteMap, CellWords, Cells, Kind, Vector, each_vector, encode_block, map_2, normaliser,
+};
 use crate::{Backend, Codebook, Element};
 
 /// Elements of a block.
@@ -66,13 +68,9 @@ impl Simd {
         if backend == Backend::SCALAR {
             return None;
         }
-        #[cfg(target_arch = "x86_64")]
-        let by_bytes = is_x86_feature_detected!("avx512vbmi");
-        #[cfg(not(target_arch = "x86_64"))]
-        let by_bytes = false;
         Some(Self {
             backend,
-            by_bytes,
+            by_bytes: backend.has_byte_lookups(),
             maps: Maps {
                 signed: Map::new(Codebook::dynamic_signed())?,
                 unsigned: Map::new(Codebook::dynamic_unsigned())?,
@@ -131,14 +129,7 @@ macro_rules! version {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
-version!(avx512_vbmi, Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,f16c", by_bytes: true);
-#[cfg(target_arch = "x86_64")]
-version!(avx512, Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c", by_bytes: false);
-#[cfg(target_arch = "x86_64")]
-version!(avx2, Avx2, "avx2,f16c", by_bytes: false);
-#[cfg(target_arch = "aarch64")]
-version!(neon, Neon, "neon", by_bytes: false);
+each_vector!(version);
 
 /// Moments of a block, in registers' order.
 type Moments<V> = [[[V; 2]; 2]; STRIDES];

@@ -366,7 +366,7 @@ fn rows_of_kinds(columns: usize) -> Vec<(&'static str, Vec<f32>)> {
     vec![
         ("normal", normal.clone()),
         ("positive", with(&|_, number| number.abs() + 0.5)),
-        ("equal", vec![1.003_906_25; columns]),
+        ("equal", vec![257.0 / 256.0; columns]),
         ("tails", with(&|_, number| number.powi(5))),
         (
             "far apart",
