@@ -24,6 +24,7 @@ def _missing(*_: Any) -> Any:
 # Not public, and the only way to ask; where they are gone, every call takes torch's way.
 _keys_of_thread: Callable[[], Any] = getattr(torch._C, "_dispatch_tls_local_include_set", _missing)
 _keys_of_tensor: Callable[[Tensor], Any] = getattr(torch._C, "_dispatch_keys", _missing)
+_is_compiling = torch.compiler.is_compiling
 _has_function_mode: Callable[[], bool] = getattr(
     torch._C, "_is_torch_function_mode_enabled", _missing
 )
@@ -54,7 +55,7 @@ def only_cpu(x: Tensor, packed: Tensor) -> bool:
     neither tensor is to have a gradient is for the caller to know.
     """
     # These first: what follows is not for graphs, and may not be there.
-    if torch.compiler.is_compiling() or not _plain_threads:
+    if _is_compiling() or not _plain_threads:
         return False
     return (
         type(x) in _PLAIN_TYPES

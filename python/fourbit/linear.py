@@ -20,6 +20,8 @@ Operands: TypeAlias = tuple[
 ]
 """A layer's bias, weight and layout, in the order of the arguments of `ops.linear`."""
 
+_BYTES = torch.uint8  # one look-up less in a call that finds nothing in the cache
+
 
 class Linear4bit(nn.Linear):
     """A linear layer with a frozen, quantized weight: ``x W^T + b``.
@@ -228,7 +230,7 @@ class Linear4bit(nn.Linear):
         except KeyError:  # replicas, shards and parametrizations keep plain attributes instead
             bias, packed, absmax = self.bias, self.weight, self.weight_absmax
             nested_absmax, nested_offset = self.weight_nested_absmax, self.weight_nested_offset
-        if absmax.dtype is not torch.uint8:
+        if absmax.dtype is not _BYTES:
             self._keep_bytes()  # of the parameters themselves, in place
         return (
             bias,
