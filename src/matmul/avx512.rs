@@ -13,7 +13,8 @@
 //! 62: it gets about one register of 64 bytes a cycle from the first-level cache, and each serves two
 //! multiplications.
 //!
-//! In half precision, with AVX512-FP16, one row took 3.7 ns from that cache and 4.8 to 5.0 from
+//! One or two rows of 16-bit numbers are multiplied by bytes where the chip can ([`super::fixed`]). In
+//! half precision, with AVX512-FP16, one row took 3.7 ns from that cache and 4.8 to 5.0 from
 //! memory, as widening the sums takes back most of what half the look-ups save. That made a product
 //! 2% faster, and is not here.
 #![allow(unsafe_code)]
