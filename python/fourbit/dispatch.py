@@ -1,7 +1,7 @@
 """Whether torch's dispatcher has anything to do but to call an operator's CPU kernel.
 
 For one row of ``x`` its way there and back is cold code and cold data, since the weight has driven
-all else out of the cache: 8 to 12 µs of the 400 that a layer of 4096 x 4096 takes on two cores.
+all else out of the cache: 5 to 12 µs of the 400 that a layer of 4096 x 4096 takes on two cores.
 Where nobody looks on or takes part, `only_cpu` lets `ops` call the kernel itself.
 """
 

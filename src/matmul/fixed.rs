@@ -397,7 +397,10 @@ mod tests {
         for (code, &value) in Codebook::nf4().values()[..16].iter().enumerate() {
             let whole =
                 (i32::from(fixed.table.high[code]) << LOW_BITS) + i32::from(fixed.table.low[code]);
-            assert!((whole - ZERO) as f32 - value * UNIT <= 0.5);
+            assert!(
+                ((whole - ZERO) as f32 - value * UNIT).abs() <= 0.5,
+                "{code}"
+            );
             assert_eq!(fixed.table.high[code + 48], fixed.table.high[code]);
         }
     }
